@@ -1,0 +1,168 @@
+"""The records of the benchmarks: typed, validated, to and from Arrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+# The official set has exactly these many prompts in every record.
+LIST_SIZES = {
+    "paraphrase_prompts": 2,
+    "neighborhood_prompts": 10,
+    "attribute_prompts": 10,
+    "generation_prompts": 10,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fact to write: `prompt` holds exactly one `{}`, where `subject` goes."""
+
+    prompt: str
+    subject: str
+    target: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt.replace("{}", self.subject)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One COUNTERFACT record (Meng et al. 2022, Section 3.3 and Appendix D), flattened."""
+
+    case_id: int
+    relation_id: str | None
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str
+    target_new_id: str | None
+    target_true_id: str | None
+    paraphrase_prompts: tuple[str, ...]
+    neighborhood_prompts: tuple[str, ...]
+    attribute_prompts: tuple[str, ...]
+    generation_prompts: tuple[str, ...]
+
+    @property
+    def request(self) -> Request:
+        return Request(self.prompt, self.subject, self.target_new)
+
+    @classmethod
+    def from_counterfact(cls, row: Mapping[str, Any]) -> Record:
+        """A record of the original JSON schema, checked.
+
+        Every prompt list must be there; it may be shorter than LIST_SIZES, or empty, because
+        partial copies of the benchmark and small fact tables have no more; never longer.
+
+        Raises:
+            ValueError: the first rule that the row breaks, with the value.
+        """
+        rewrite = row.get("requested_rewrite")
+        if not isinstance(rewrite, Mapping):
+            raise ValueError(f"requested_rewrite must be a mapping, got {rewrite!r}")
+        new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
+        record = cls(
+            case_id=row.get("case_id"),  # type: ignore[arg-type]  # checked below
+            relation_id=rewrite.get("relation_id"),
+            prompt=rewrite.get("prompt"),  # type: ignore[arg-type]
+            subject=rewrite.get("subject"),  # type: ignore[arg-type]
+            target_new=new.get("str"),  # type: ignore[arg-type]
+            target_true=true.get("str"),  # type: ignore[arg-type]
+            target_new_id=new.get("id"),
+            target_true_id=true.get("id"),
+            **{name: _prompts(row, name) for name in LIST_SIZES},
+        )
+        record.check()
+        return record
+
+    def check(self) -> None:
+        """Raises ValueError with the first rule of a record that this one breaks."""
+        if type(self.case_id) is not int or self.case_id < 0:
+            raise ValueError(f"case_id must be a whole number from 0, got {self.case_id!r}")
+        for name in ("relation_id", "target_new_id", "target_true_id"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be text or null, got {value!r}")
+        for name in ("prompt", "subject", "target_new", "target_true"):
+            _check_text(name, getattr(self, name))
+        for name in ("subject", "target_new", "target_true"):
+            if (value := getattr(self, name)) != value.strip():
+                raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
+        if self.target_new == self.target_true:
+            raise ValueError(
+                f"target_new and target_true must differ, both are {self.target_new!r}"
+            )
+        for name, size in LIST_SIZES.items():
+            prompts = getattr(self, name)
+            if len(prompts) > size:
+                raise ValueError(f"{name} must have at most {size} entries, got {len(prompts)}")
+            for i, prompt in enumerate(prompts):
+                _check_text(f"{name}[{i}]", prompt)
+
+
+def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    target = rewrite.get(name)
+    if not isinstance(target, Mapping):
+        raise ValueError(f"{name} must be a mapping with 'str', got {target!r}")
+    return target
+
+
+def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    prompts = row.get(name)
+    if not isinstance(prompts, list):
+        raise ValueError(f"{name} must be a list, got {prompts!r}")
+    return tuple(prompts)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be text and not empty, got {value!r}")
+
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("relation_id", pa.string()),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("subject", pa.string(), nullable=False),
+        pa.field("target_new", pa.string(), nullable=False),
+        pa.field("target_true", pa.string(), nullable=False),
+        pa.field("target_new_id", pa.string()),
+        pa.field("target_true_id", pa.string()),
+        pa.field("paraphrase_prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("neighborhood_prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("attribute_prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("generation_prompts", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+REFERENCE_TEXT_SCHEMA = pa.schema(
+    [
+        pa.field("relation_id", pa.string(), nullable=False),
+        pa.field("target_id", pa.string(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+
+
+def to_table(records: Iterable[Record]) -> pa.Table:
+    """Records as one Arrow table of RECORD_SCHEMA."""
+    return pa.Table.from_pylist([asdict(record) for record in records], schema=RECORD_SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Record]:
+    """The records of an Arrow table written by `to_table`."""
+    names = [field.name for field in fields(Record)]
+    return [_from_row({name: row[name] for name in names}) for row in table.to_pylist()]
+
+
+def _from_row(row: dict[str, Any]) -> Record:
+    values: dict[str, Any] = {n: tuple(v) if n in LIST_SIZES else v for n, v in row.items()}
+    return Record(**values)
