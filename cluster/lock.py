@@ -1,0 +1,127 @@
+"""One driver per run directory, on any store.
+
+The lock saves wasted work and makes counts plain; it does not guard the results, since part names
+come from the grid alone. So it can be simple: a file that its holder rewrites every few seconds.
+Whether a holder lives is seen from the file changing, not from clocks, which differ between hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster.store import Store
+
+LOCK_NAME = "_driver.json"
+
+
+class LockedError(RuntimeError):
+    """Another driver works in the run directory."""
+
+
+class RunLock:
+    """Hold the lock of a run directory for the length of a `with` block.
+
+    beat: seconds between two rewrites of the lock file. A holder that misses four is dead, one on
+    this host whose process is gone is dead at once; the lock of a dead holder is taken over.
+    Raises LockedError naming the holder while it lives.
+    """
+
+    def __init__(self, store: Store, beat: float = 2.0) -> None:
+        self._store, self._beat = store, beat
+        self._holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "token": uuid.uuid4().hex,
+        }
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+        self.taken_by: str | None = None
+        """Who took the lock away from this driver, which must then stop."""
+
+    def __enter__(self) -> RunLock:
+        if (other := self._read()) is not None and self._lives(other):
+            self._refuse(other)
+        self._write(0)
+        # Of two drivers that come at once, the last to write wins, and the first must see it.
+        time.sleep(self._beat / 6)
+        if (other := self._read()) is not None and other["token"] != self._holder["token"]:
+            self._refuse(other)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.taken_by is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._store.delete(LOCK_NAME)
+
+    def _keep(self) -> None:
+        count = 0
+        while not self._stop.wait(self._beat):
+            count += 1
+            # A store that is out of reach for a while must not end the driver.
+            with contextlib.suppress(OSError):
+                other = self._read()
+                if other is not None and other["token"] != self._holder["token"]:
+                    self.taken_by = _name(other)
+                    return
+                self._write(count)
+
+    def _write(self, count: int) -> None:
+        text = json.dumps({**self._holder, "beat": count}, indent=1)
+        self._store.write_bytes(LOCK_NAME, text.encode())
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            holder: dict[str, Any] = json.loads(self._store.read_bytes(LOCK_NAME))
+        except FileNotFoundError:
+            return None
+        return holder
+
+    def _lives(self, other: dict[str, Any]) -> bool:
+        if other["host"] == self._holder["host"] and not _process_exists(other["pid"]):
+            return False
+        deadline = time.monotonic() + 4 * self._beat
+        while time.monotonic() < deadline:
+            time.sleep(self._beat / 6)
+            now = self._read()
+            if now is None:
+                return False
+            if now != other:
+                return True
+        return False
+
+    def _refuse(self, other: dict[str, Any]) -> None:
+        raise LockedError(
+            f"{self._store.uri} has a driver already: {_name(other)}. "
+            "Wait for it or stop it; the same command then goes on where it ended."
+        )
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return (
+        f"process {holder['pid']} on {holder['host']} since {holder['since']}: {holder['command']}"
+    )
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

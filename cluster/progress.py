@@ -1,0 +1,97 @@
+"""Live progress: a bar on a terminal, a line every ten seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+
+import rich.progress
+from rich.console import Console
+
+LOG_SECONDS = 10.0
+
+
+class Rate:
+    """Records per second over the last `window` changes; rows of former runs do not count."""
+
+    def __init__(self, window: int = 32) -> None:
+        self._changes: deque[tuple[float, int]] = deque(maxlen=window)
+
+    def add(self, now: float, done: int) -> None:
+        """Tell how many rows there are at a time; the first call only sets the origin."""
+        if not self._changes or done != self._changes[-1][1]:
+            self._changes.append((now, done))
+
+    def per_second(self, now: float) -> float:
+        """0.0 while nothing has been done. Falls while nothing happens."""
+        if len(self._changes) < 2:
+            return 0.0
+        (start, first), (_, last) = self._changes[0], self._changes[-1]
+        return (last - first) / max(now - start, 1e-9)
+
+
+class Progress:
+    """Shows done/total, rate, time and workers on stderr for the length of a `with` block."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done, self._dead, self._workers = total, done, 0, (0, 0)
+        self._rate = Rate()
+        self._started = time.monotonic()
+        self._printed = self._started
+        console = Console(stderr=True)
+        self._bar = (
+            rich.progress.Progress(
+                rich.progress.BarColumn(10),
+                rich.progress.TextColumn("{task.description}"),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._task = self._bar.add_task(self.line(), total=self._total, completed=self._done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        else:
+            self.note(self.line())
+
+    def update(self, done: int, dead: int, ready: int, workers: int) -> None:
+        """Rows and dead letters in the store, and how many of the workers are ready."""
+        self._done, self._dead, self._workers = done, dead, (ready, workers)
+        now = time.monotonic()
+        if ready:  # The start of Ray and of the workers is not part of the rate.
+            self._rate.add(now, done)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=self.line())
+        elif now - self._printed >= LOG_SECONDS:
+            self._printed = now
+            self.note(self.line())
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        now = time.monotonic()
+        rate = self._rate.per_second(now)
+        left = _clock((self._total - self._done) / rate) if rate else "?"
+        return (
+            f"{self._done}/{self._total}, {rate:.2f} records/s, "
+            f"{_clock(now - self._started)} elapsed, {left} left, "
+            f"{self._workers[0]}/{self._workers[1]} workers, {self._dead} dead"
+        )
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,243 @@
+"""Leases, attempts, dead letters: the state of a run, always rebuilt from the parts in the store.
+
+A part is a Parquet file with a `case_id` column and, where rows can fail, an `error` column (null
+for a row that is fine). A row with an error is a dead letter, and is alone in its part, so that
+its retry replaces it. `Key` names a row: (group, case_id).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from cluster.store import Store
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Rows `start` to `stop` (exclusive) of a shard of the input, to be done for one group.
+
+    `attempt` counts, from 1, how often a lease of one single record has been handed out.
+    """
+
+    group: str
+    shard: int
+    start: int
+    stop: int
+    attempt: int = 1
+
+    @property
+    def part(self) -> str:
+        """The name of the part; from the grid alone, so that late writers write the same name."""
+        return f"{self.group}/part-{self.shard:05d}-{self.start:06d}-{self.stop:06d}.parquet"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def singles(self) -> list[Lease]:
+        """One lease for each record."""
+        return [replace(self, start=i, stop=i + 1, attempt=1) for i in range(self.start, self.stop)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The case ids of each shard of the input, and the number of rows of a lease.
+
+    Raises ValueError where a case id is not unique or `rows` is below 1.
+    """
+
+    shards: tuple[tuple[int, ...], ...]
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"A lease has at least 1 row, got {self.rows}.")
+        counts = Counter(case_id for shard in self.shards for case_id in shard)
+        if twice := [case_id for case_id, count in counts.items() if count > 1]:
+            raise ValueError(f"Case ids must be unique over all shards; twice: {twice[:5]}.")
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def ids(self, lease: Lease) -> tuple[int, ...]:
+        """The case ids of a lease, in the order of the shard."""
+        return self.shards[lease.shard][lease.start : lease.stop]
+
+    def leases(self, group: str) -> Iterator[Lease]:
+        for number, shard in enumerate(self.shards):
+            for start in range(0, len(shard), self.rows):
+                yield Lease(group, number, start, min(start + self.rows, len(shard)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows of some parts: each with its error or None, and how many rows were there twice."""
+
+    errors: dict[Key, str | None]
+    duplicates: int
+
+
+def read_parts(store: Store, names: Sequence[str]) -> Found:
+    """Read which rows the parts hold. Of two rows of one key, one without an error counts.
+
+    Raises ValueError naming the file where a part is not whole or has no case ids.
+    """
+
+    def read(name: str) -> list[tuple[int, str | None]]:
+        table = store.read_table(name, ("case_id", "error"))
+        if "case_id" not in table.column_names:
+            raise ValueError(
+                f"{store.uri}/{name} has no column case_id: it is not a part of a run."
+            )
+        ids = table["case_id"].to_pylist()
+        errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(ids)
+        return list(zip(ids, errors, strict=True))
+
+    found: dict[Key, str | None] = {}
+    rows = 0
+    with ThreadPoolExecutor(16) as pool:
+        for name, part in zip(names, pool.map(read, names), strict=True):
+            group = name.rpartition("/")[0]
+            rows += len(part)
+            for case_id, error in part:
+                if error is None or (group, case_id) not in found:
+                    found[group, case_id] = error
+    return Found(found, rows - len(found))
+
+
+class LeaseTable:
+    """Which leases wait and which worker has which; plain Python, kept by the driver.
+
+    A worker does its leases in the order it got them. A lease of many records that failed or was
+    lost is split into leases of one record; one of those that failed `max_attempts` times is
+    returned to the caller, who writes the dead letter and calls `complete`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        groups: Sequence[str],
+        grid: Grid,
+        max_attempts: int = 3,
+        retry_dead: bool = False,
+    ) -> None:
+        """Read the parts of `groups` in the store and queue what is not in them.
+
+        With `retry_dead`, dead letters of former runs count as not done. Raises ValueError where a
+        part is broken or holds a case id that the grid does not know.
+        """
+        self._store, self._grid, self._max_attempts = store, grid, max_attempts
+        self.total = len(grid) * len(groups)
+        names = [name for group in groups for name in store.list(f"{group}/part-", ".parquet")]
+        found = read_parts(store, names)
+        self._refuse_strangers(found)
+        self.duplicates = found.duplicates
+        self.done: set[Key] = set()
+        self.dead: dict[Key, str] = {}
+        self._retrying = {
+            key for key in found.errors if retry_dead and found.errors[key] is not None
+        }
+        self._mark(found.errors)
+        self._queues: dict[str, deque[Lease]] = {}
+        self._pending: deque[Lease] = deque(
+            lease for group in groups for whole in grid.leases(group) for lease in self._rest(whole)
+        )
+
+    @property
+    def pending(self) -> int:
+        """The number of leases that no worker has."""
+        return len(self._pending)
+
+    @property
+    def finished(self) -> bool:
+        return not self._pending and not any(self._queues.values())
+
+    def lease(self, worker: str) -> Lease | None:
+        """Hand the next lease to a worker; None where none is pending."""
+        if not self._pending:
+            return None
+        lease = self._pending.popleft()
+        self._queues.setdefault(worker, deque()).append(lease)
+        return lease
+
+    def complete(self, worker: str, lease: Lease, errors: Mapping[int, str]) -> None:
+        """The part of a lease is in the store; `errors` are its dead letters by case id."""
+        self._drop(worker, lease)
+        keys = self._keys(lease)
+        self._retrying.difference_update(keys)
+        self._mark({key: errors.get(key[1]) for key in keys})
+
+    def fail(self, worker: str, lease: Lease) -> Lease | None:
+        """A worker could not do a lease and lives on. Returns it if that was its last try."""
+        self._drop(worker, lease)
+        return self._again(lease)
+
+    def lose(self, worker: str) -> Lease | None:
+        """A worker died. Returns the lease to blame if that was its last try.
+
+        What it committed before it died is done. The oldest of what is left is to blame; the
+        others had not begun and go back as they were.
+        """
+        queue = self._queues.pop(worker, deque())
+        left = [lease for lease in queue if not self._committed(lease)]
+        if not left:
+            return None
+        suspect, *innocent = left
+        self._pending.extendleft(reversed(innocent))
+        return self._again(suspect)
+
+    def _again(self, lease: Lease) -> Lease | None:
+        if lease.rows > 1:
+            singles = [one for one in lease.singles() if self._keys(one)[0] not in self.done]
+            self._pending.extendleft(reversed(singles))
+        elif lease.attempt < self._max_attempts:
+            self._pending.appendleft(replace(lease, attempt=lease.attempt + 1))
+        else:
+            return lease
+        return None
+
+    def _committed(self, lease: Lease) -> bool:
+        """Whether the store now has every row of a lease: in its own part or in parts of one."""
+        names = {one.part for one in (lease, *lease.singles())}
+        self._mark(read_parts(self._store, [n for n in names if self._store.exists(n)]).errors)
+        return self.done.issuperset(self._keys(lease))
+
+    def _mark(self, errors: Mapping[Key, str | None]) -> None:
+        for key, error in errors.items():
+            if error is None:
+                self.dead.pop(key, None)
+                self._retrying.discard(key)
+            elif key in self._retrying:
+                continue  # The old dead letter, which is still there while its record is retried.
+            else:
+                self.dead[key] = error
+            self.done.add(key)
+
+    def _rest(self, whole: Lease) -> list[Lease]:
+        """What is left of a lease of the grid: all of it, or single records of it."""
+        keys = self._keys(whole)
+        if self.done.isdisjoint(keys) and self._retrying.isdisjoint(keys):
+            return [whole]
+        return [one for one in whole.singles() if self._keys(one)[0] not in self.done]
+
+    def _keys(self, lease: Lease) -> list[Key]:
+        return [(lease.group, case_id) for case_id in self._grid.ids(lease)]
+
+    def _drop(self, worker: str, lease: Lease) -> None:
+        if lease in (queue := self._queues.get(worker, deque())):
+            queue.remove(lease)
+
+    def _refuse_strangers(self, found: Found) -> None:
+        known = {case_id for shard in self._grid.shards for case_id in shard}
+        if strangers := [key for key in found.errors if key[1] not in known]:
+            group, case_id = strangers[0]
+            raise ValueError(
+                f"{self._store.uri}/{group} holds case {case_id} ({len(strangers)} such rows), "
+                "which is not in these records: it belongs to other data. "
+                "Choose another run directory."
+            )

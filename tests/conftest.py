@@ -1,0 +1,38 @@
+"""Fixtures that more than one test file uses."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of four CPUs on this machine, joined by this process; its address is for others.
+
+    Its workers can import the packages and the modules beside the tests.
+    """
+    folder = tempfile.mkdtemp(dir="/tmp")  # Ray puts sockets in it, whose paths must be short.
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.2",
+        )
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""Runs on a real Ray whose workers and drivers are killed: nothing lost, nothing twice."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from fake_task import GRID, GROUPS, FakeTask, drive
+
+from cluster.lock import LOCK_NAME, LockedError, RunLock
+from cluster.progress import Rate
+from cluster.queue import Lease
+from cluster.run import RunError, RunSettings
+from cluster.store import Store
+from cluster.worker import Worker
+
+TWO = RunSettings(workers=2, num_cpus=0.5, record_seconds=60)
+ONE_GROUP = GROUPS[:1]
+CASES = [case_id for shard in GRID.shards for case_id in shard]
+
+pytestmark = pytest.mark.usefixtures("ray_address")
+
+
+def rows(folder: Path, group: str = GROUPS[0]) -> dict[int, dict[str, Any]]:
+    """The rows of a group by case id; a row that is there twice fails the test."""
+    store = Store(folder / "results")
+    tables = [store.read_table(name) for name in store.list(f"{group}/")]
+    found = [row for table in tables for row in table.to_pylist()]
+    assert len({row["case_id"] for row in found}) == len(found)
+    return {row["case_id"]: row for row in found}
+
+
+def times_run(folder: Path, case_id: int, group: str = GROUPS[0]) -> int:
+    return len((folder / "log" / f"{group}-{case_id}").read_text().splitlines())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def squares(cases: list[int]) -> dict[int, int]:
+    return {case_id: case_id**2 for case_id in cases}
+
+
+def test_all_rows_whatever_the_number_of_workers_and_nothing_the_second_time(
+    tmp_path: Path,
+) -> None:
+    for name, settings in (
+        ("two", TWO),
+        ("three", RunSettings(workers=3, num_cpus=1, in_flight=1)),
+    ):
+        outcome = drive(tmp_path / name, settings)
+        assert (outcome.done, outcome.total, outcome.dead) == (2 * len(CASES), 2 * len(CASES), [])
+        assert (outcome.duplicates, outcome.stopped) == (0, False)
+    for group in GROUPS:
+        assert rows(tmp_path / "two", group) == rows(tmp_path / "three", group)
+        assert {i: row["square"] for i, row in rows(tmp_path / "two", group).items()} == squares(
+            CASES
+        )
+    started = time.monotonic()
+    again = drive(tmp_path / "two", TWO)
+    assert time.monotonic() - started < 3
+    assert again.done == 2 * len(CASES)
+    assert {times_run(tmp_path / "two", case_id) for case_id in CASES} == {1}
+
+
+def test_a_killed_worker_loses_and_duplicates_nothing(tmp_path: Path) -> None:
+    pids = tmp_path / "log" / "pids"
+    killed = []
+
+    def kill_one() -> None:
+        wait_for(lambda: len(list((tmp_path / "results").rglob("part-*"))) > 3)
+        killed.append(int(pids.read_text().split()[0]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    outcome = drive(tmp_path, TWO, seconds=0.05)
+    killer.join()
+    assert len(pids.read_text().split()) == 3
+    assert (outcome.done, outcome.dead, outcome.duplicates) == (2 * len(CASES), [], 0)
+    for group in GROUPS:
+        assert {i: row["square"] for i, row in rows(tmp_path, group).items()} == squares(CASES)
+
+
+def test_bad_records_get_a_row_and_their_neighbours_are_fine(tmp_path: Path) -> None:
+    bad = {
+        101: "raise",
+        103: "row",
+        110: "segfault",
+        115: "hang",
+        118: "unpicklable",
+    }
+    settings = RunSettings(workers=3, num_cpus=0.5, max_attempts=2, record_seconds=1)
+    outcome = drive(tmp_path, settings, bad, groups=ONE_GROUP)
+    found = rows(tmp_path)
+    assert sorted(found) == CASES
+    good = [case_id for case_id in CASES if case_id not in bad]
+    assert {i: row["square"] for i, row in found.items() if i not in bad} == squares(good)
+    errors = {case_id: error for _, case_id, error in outcome.dead}
+    assert sorted(errors) == sorted(bad)
+    assert errors == {case_id: found[case_id]["error"] for case_id in bad}
+    assert re.search(r"KeyError: 'case 101 is bad' \(fake_task.py:\d+\)", errors[101])
+    assert errors[103] == "no such subject"
+    assert "its worker process has died" in errors[110]
+    assert errors[115].startswith("no result within 1 s")
+    assert "LocalError: odd" in errors[118]
+    # Once with its neighbours, then twice alone.
+    assert {times_run(tmp_path, case_id) for case_id in (101, 110, 115, 118)} == {3}
+    assert found[110]["attempts"] == 2
+
+    # A repaired run does the dead letters again when asked, and only then.
+    assert len(drive(tmp_path, TWO, groups=ONE_GROUP).dead) == len(bad)
+    again = drive(tmp_path, RunSettings(workers=1, retry_dead=True), groups=ONE_GROUP)
+    assert (again.dead, again.duplicates, again.done) == ([], 0, len(CASES))
+    assert {i: row["square"] for i, row in rows(tmp_path).items()} == squares(CASES)
+    assert times_run(tmp_path, 100) <= 2
+
+
+def test_a_worker_whose_state_changed_commits_nothing_more_and_is_replaced(tmp_path: Path) -> None:
+    outcome = drive(tmp_path, RunSettings(workers=1), {104: "dirty once"}, groups=ONE_GROUP)
+    assert (outcome.done, outcome.dead, outcome.duplicates) == (len(CASES), [], 0)
+    assert len((tmp_path / "log" / "pids").read_text().split()) == 2
+    # The lease of the change was dropped whole; its records were done again, alone.
+    assert [times_run(tmp_path, case_id) for case_id in (104, 105, 106, 107)] == [2] * 4
+    assert not (tmp_path / "results" / GROUPS[0] / "part-00000-000004-000008.parquet").exists()
+
+
+def test_a_worker_with_another_model_ends_the_run_and_shows_the_difference(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="fingerprint: the run has 'f00', the worker has 'bad'"):
+        drive(tmp_path, TWO, fingerprint="bad")
+    assert Store(tmp_path).list("results/") == []
+    assert drive(tmp_path, TWO, groups=ONE_GROUP).done == len(CASES)
+
+
+def test_a_task_that_cannot_be_built_ends_the_run_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.driver.BOOT_FAILURES", 2)
+    (tmp_path / "log" / "pids").mkdir(parents=True)  # So the task cannot write its file.
+    with pytest.raises(RunError, match=r"No worker boots.*IsADirectoryError.*log/pids"):
+        drive(tmp_path, RunSettings(workers=1))
+
+
+def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> None:
+    worker = Worker(lambda: FakeTask(tmp_path), Store(tmp_path / "other"), GRID, 60, 60)
+    assert "must share the run directory" in (worker.boot().failure or "")
+    assert worker.work(Lease(GROUPS[0], 0, 0, 4)).spoiled
+
+
+def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None:
+    class Forgetful(FakeTask):
+        def run(self, lease: Lease) -> pa.Table:
+            return super().run(lease).slice(1)
+
+    store = Store(tmp_path / "results")
+    store.write_bytes(LOCK_NAME, b"")
+    worker = Worker(lambda: Forgetful(tmp_path), store, GRID, 60, 60)
+    assert worker.boot().failure is None
+    report = worker.work(Lease(GROUPS[0], 0, 0, 4))
+    assert "expected [100, 101, 102, 103], got [101, 102, 103]" in (report.failure or "")
+    assert store.list() == []
+
+
+@contextmanager
+def driver_process(folder: Path, address: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fake_task.py")), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def parts(folder: Path) -> set[Path]:
+    return set((folder / "results").rglob("part-*.parquet"))
+
+
+def test_a_killed_driver_is_refused_no_second_and_resumed(tmp_path: Path, ray_address: str) -> None:
+    with driver_process(tmp_path, ray_address) as first:
+        wait_for(lambda: len(parts(tmp_path)) > 3)
+        with pytest.raises(LockedError, match=rf"process {first.pid} on .*fake_task\.py"):
+            drive(tmp_path, TWO)
+        first.kill()
+        first.wait()
+    before = {path: path.stat().st_mtime_ns for path in parts(tmp_path)}
+    assert 3 < len(before) < 20
+    with driver_process(tmp_path, ray_address) as second:
+        output, errors = second.communicate(timeout=90)
+    assert output.split() == [str(2 * len(CASES)), str(2 * len(CASES)), "0", "False"]
+    assert "records/s" in errors
+    for group in GROUPS:
+        assert {i: row["square"] for i, row in rows(tmp_path, group).items()} == squares(CASES)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_sigterm_ends_a_driver_after_its_leases_in_flight(tmp_path: Path, ray_address: str) -> None:
+    with driver_process(tmp_path, ray_address) as process:
+        wait_for(lambda: len(parts(tmp_path)) > 2)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+    done, _, duplicates, stopped = output.split()
+    assert (duplicates, stopped) == ("0", "True")
+    assert int(done) == sum(len(rows(tmp_path, group)) for group in GROUPS) < 2 * len(CASES)
+    assert "The same command resumes" in errors
+    assert not (tmp_path / "results" / LOCK_NAME).exists()
+
+
+def test_the_lock_of_a_dead_driver_is_taken_over_and_the_old_holder_told(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with RunLock(store, beat=0.1) as old:
+        with pytest.raises(LockedError, match=f"process {os.getpid()} "):
+            RunLock(store, beat=0.1).__enter__()
+        # As if it hung for longer than a dead driver is waited for.
+        old._stop.set()
+        old._thread.join()
+        with RunLock(store, beat=0.1) as new:
+            assert new.taken_by is None
+            old._stop.clear()
+            old._keep()
+            assert old.taken_by is not None
+    assert not store.exists(LOCK_NAME)
+
+
+def test_the_rate_is_recent_and_ignores_what_was_done_before() -> None:
+    rate = Rate(window=3)
+    rate.add(0.0, 5000)
+    assert rate.per_second(1.0) == 0.0
+    rate.add(10.0, 5010)
+    assert rate.per_second(10.0) == 1.0
+    rate.add(20.0, 5110)
+    rate.add(30.0, 5210)
+    assert rate.per_second(30.0) == 10.0
+    assert rate.per_second(50.0) == 5.0

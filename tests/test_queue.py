@@ -1,0 +1,209 @@
+"""The lease table: nothing lost, nothing twice, the guilty alone pays."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.queue import Grid, Lease, LeaseTable
+from cluster.store import Store
+
+GROUP = "benchmark=b/model=m/editor=rome"
+GRID = Grid(((10, 11, 12, 13, 14), (20, 21)), rows=2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def commit(store: Store, lease: Lease, error: str | None = None) -> None:
+    ids = GRID.ids(lease)
+    table = pa.table({"case_id": ids, "error": pa.array([error] * len(ids), pa.string())})
+    store.write_table(lease.part, table)
+
+
+def spans(leases: Sequence[Lease]) -> list[tuple[int, int, int, int]]:
+    return [(lease.shard, lease.start, lease.stop, lease.attempt) for lease in leases]
+
+
+def drain(table: LeaseTable) -> list[Lease]:
+    leases = []
+    while lease := table.lease("drain"):
+        leases.append(lease)
+    return leases
+
+
+def take(table: LeaseTable, worker: str) -> Lease:
+    lease = table.lease(worker)
+    assert lease is not None
+    return lease
+
+
+def test_leases_lie_on_a_fixed_grid_inside_each_shard(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID)
+    leases = drain(table)
+    assert spans(leases) == [(0, 0, 2, 1), (0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+    assert leases[1].part == f"{GROUP}/part-00000-000002-000004.parquet"
+    assert [i for lease in leases for i in GRID.ids(lease)] == [10, 11, 12, 13, 14, 20, 21]
+    assert table.total == 7
+    assert not table.finished
+
+
+def test_grid_refuses_a_case_id_twice_and_empty_leases() -> None:
+    with pytest.raises(ValueError, match=r"unique over all shards; twice: \[3\]"):
+        Grid(((1, 3), (3,)), 2)
+    with pytest.raises(ValueError, match="at least 1 row, got 0"):
+        Grid(((1,),), 0)
+
+
+def test_resume_leases_only_what_no_part_holds(store: Store) -> None:
+    first = LeaseTable(store, [GROUP], GRID)
+    commit(store, take(first, "a"))
+    table = LeaseTable(store, [GROUP], GRID)
+    assert len(table.done) == 2
+    assert spans(drain(table)) == [(0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+
+
+def test_resume_of_a_split_lease_leases_its_missing_singles(store: Store) -> None:
+    commit(store, Lease(GROUP, 0, 3, 4))
+    assert spans(drain(LeaseTable(store, [GROUP], GRID)))[:3] == [
+        (0, 0, 2, 1),
+        (0, 2, 3, 1),
+        (0, 4, 5, 1),
+    ]
+
+
+def test_resume_with_another_lease_size_trusts_ids_not_names(store: Store) -> None:
+    for lease in GRID.leases(GROUP):
+        commit(store, lease)
+    assert LeaseTable(store, [GROUP], Grid(GRID.shards, rows=3)).finished
+
+
+def test_groups_are_separate(store: Store) -> None:
+    commit(store, Lease(GROUP, 0, 0, 2))
+    table = LeaseTable(store, [GROUP, "editor=none"], GRID)
+    leases = drain(table)
+    assert table.total == 14
+    assert [lease.group for lease in leases] == [GROUP] * 3 + ["editor=none"] * 4
+
+
+def test_rows_found_twice_are_counted_and_done_once(store: Store) -> None:
+    commit(store, Lease(GROUP, 0, 0, 2))
+    commit(store, Lease(GROUP, 0, 0, 1))
+    table = LeaseTable(store, [GROUP], GRID)
+    assert table.duplicates == 1
+    assert len(table.done) == 2
+
+
+def test_a_part_of_other_data_is_refused(store: Store) -> None:
+    store.write_table(f"{GROUP}/part-00000-000000-000002.parquet", pa.table({"case_id": [10, 99]}))
+    with pytest.raises(ValueError, match=r"holds case 99 .* belongs to other data"):
+        LeaseTable(store, [GROUP], GRID)
+
+
+def test_a_part_without_case_ids_is_refused_by_name(store: Store) -> None:
+    name = f"{GROUP}/part-00000-000000-000002.parquet"
+    store.write_table(name, pa.table({"x": [1]}))
+    with pytest.raises(ValueError, match=f"{name} has no column case_id"):
+        LeaseTable(store, [GROUP], GRID)
+
+
+def test_death_splits_the_oldest_lease_and_returns_the_others_whole(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID)
+    take(table, "a"), take(table, "a")
+    take(table, "b")
+    assert table.lose("a") is None
+    assert spans(drain(table)) == [(0, 0, 1, 1), (0, 1, 2, 1), (0, 2, 4, 1), (1, 0, 2, 1)]
+
+
+def test_death_after_the_commit_does_not_redo_the_lease(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID)
+    commit(store, take(table, "a"))
+    assert table.lose("a") is None
+    assert table.done == {(GROUP, 10), (GROUP, 11)}
+    assert spans(drain(table)) == [(0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+
+
+def test_after_a_commit_the_next_lease_in_the_queue_is_to_blame(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID)
+    commit(store, take(table, "a"))
+    take(table, "a")
+    table.lose("a")
+    assert spans(drain(table))[:2] == [(0, 2, 3, 1), (0, 3, 4, 1)]
+
+
+def test_death_in_the_middle_of_single_commits_redoes_the_rest_only(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID)
+    lease = take(table, "a")
+    commit(store, lease.singles()[0], error="boom")
+    table.lose("a")
+    assert table.dead == {(GROUP, 10): "boom"}
+    assert spans(drain(table))[0] == (0, 1, 2, 1)
+
+
+def test_only_deaths_while_alone_are_attempts_and_they_are_bounded(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID, max_attempts=3)
+    runs = 0
+    exhausted = None
+    while exhausted is None:  # Case 10 kills whoever runs it.
+        lease = take(table, "a")
+        if 10 in GRID.ids(lease):
+            runs += 1
+            exhausted = table.lose("a")
+        else:
+            table.complete("a", lease, {})
+    assert runs == 4
+    assert spans([exhausted]) == [(0, 0, 1, 3)]
+    table.complete("a", exhausted, {10: "it died"})
+    for lease in drain(table):
+        table.complete("drain", lease, {})
+    assert table.finished
+    assert table.dead == {(GROUP, 10): "it died"}
+    assert len(table.done) == table.total
+
+
+def test_a_failure_that_the_worker_survives_splits_too(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], GRID, max_attempts=1)
+    lease = take(table, "a")
+    second = take(table, "a")
+    assert table.fail("a", lease) is None
+    table.complete("a", second, {})
+    single = take(table, "a")
+    assert spans([single]) == [(0, 0, 1, 1)]
+    assert table.fail("a", single) == single
+
+
+def test_dead_letters_stay_dead_unless_a_retry_is_asked_for(store: Store) -> None:
+    for lease in GRID.leases(GROUP):
+        for one in lease.singles() if lease.shard == 1 else [lease]:
+            commit(store, one, error="boom" if one.shard == 1 else None)
+    again = LeaseTable(store, [GROUP], GRID)
+    assert again.finished
+    assert again.dead == {(GROUP, 20): "boom", (GROUP, 21): "boom"}
+
+    retry = LeaseTable(store, [GROUP], GRID, retry_dead=True)
+    assert retry.dead == {}
+    first, second = take(retry, "a"), take(retry, "a")
+    # Both were single parts and must be again, or the old rows would stay beside the new ones.
+    assert spans([first, second]) == [(1, 0, 1, 1), (1, 1, 2, 1)]
+    # The old dead letter in the store does not make the retried lease look committed.
+    retry.lose("a")
+    assert spans([take(retry, "b"), take(retry, "b")]) == [(1, 0, 1, 2), (1, 1, 2, 1)]
+    commit(store, second)
+    retry.complete("b", second, {})
+    retry.complete("b", Lease(GROUP, 1, 0, 1, 2), {20: "boom again"})
+    assert retry.finished
+    assert retry.dead == {(GROUP, 20): "boom again"}
+    assert LeaseTable(store, [GROUP], GRID).dead == {(GROUP, 20): "boom"}
+
+
+def test_a_late_writer_and_the_new_driver_write_the_same_name(store: Store) -> None:
+    old = LeaseTable(store, [GROUP], GRID)
+    late = take(old, "a")
+    new = LeaseTable(store, [GROUP], GRID)
+    commit(store, take(new, "b"))
+    commit(store, late)
+    found = LeaseTable(store, [GROUP], GRID)
+    assert (len(found.done), found.duplicates) == (2, 0)

@@ -1,0 +1,90 @@
+"""The store: whole files or none, on a local folder and on a URI."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.store import Store
+
+TABLE = pa.table({"case_id": [1, 2, 3], "text": ["a", None, "é"]})
+
+
+@pytest.fixture(params=["path", "uri"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    folder = tmp_path / "a folder" if request.param == "path" else tmp_path / "folder"
+    return Store(folder if request.param == "path" else folder.as_uri())
+
+
+def test_what_is_written_is_read_by_a_pickled_copy(store: Store) -> None:
+    store.write_table("benchmark=x/part-0.parquet", TABLE)
+    store.sub("benchmark=x").write_bytes("note.txt", b"hello")
+    copy: Store = pickle.loads(pickle.dumps(store))
+    # The hive folder must not come back as a column.
+    assert copy.read_table("benchmark=x/part-0.parquet").equals(TABLE)
+    assert copy.read_bytes("benchmark=x/note.txt") == b"hello"
+    assert copy.read_table("benchmark=x/part-0.parquet", ["case_id", "error"]).column_names == [
+        "case_id"
+    ]
+
+
+def test_list_is_recursive_and_ignores_hidden_names(store: Store) -> None:
+    assert store.list() == []
+    for name in (
+        "b/part-1.parquet",
+        "a/part-0.parquet",
+        "a/.tmp-1",
+        "_lock.json",
+        "a/_x/y.parquet",
+    ):
+        store.write_bytes(name, b"")
+    assert store.list() == ["a/part-0.parquet", "b/part-1.parquet"]
+    assert store.list("a/", ".parquet") == ["a/part-0.parquet"]
+    assert store.list("b/part-0") == []
+    assert store.list("nowhere/") == []
+
+
+def test_exists_replace_and_delete(store: Store) -> None:
+    assert not store.exists("x/y.json")
+    store.write_bytes("x/y.json", b"1")
+    store.write_bytes("x/y.json", b"2")
+    assert store.exists("x/y.json")
+    assert not store.exists("x")
+    assert store.read_bytes("x/y.json") == b"2"
+    store.delete("x/y.json")
+    assert not store.exists("x/y.json")
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("x/y.json")
+
+
+@pytest.mark.parametrize("content", [b"not parquet at all", b"", None])
+def test_a_broken_part_is_named(store: Store, content: bytes | None) -> None:
+    if content is None:
+        store.write_table("whole.parquet", TABLE)
+        content = store.read_bytes("whole.parquet")[:-20]
+    store.write_bytes("group/part-7.parquet", content)
+    with pytest.raises(ValueError, match=r"group/part-7\.parquet is not a whole Parquet file"):
+        store.read_table("group/part-7.parquet")
+
+
+def test_a_writer_killed_in_the_middle_leaves_nothing_to_read(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from cluster.store import Store\n"
+        "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
+        "Store(sys.argv[1]).write_bytes('part-0.parquet', b'half')\n"
+    )
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root)
+    assert result.returncode == -9
+    assert Store(tmp_path).list() == []
+
+
+def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        Store(tmp_path).write_bytes("taken", b"a folder has this name")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
