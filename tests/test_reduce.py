@@ -1,0 +1,180 @@
+"""`python -m jobs.reduce` over run directories made of real parts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from jobs.reduce import app, reduce
+from rome.results import ERROR, OK, RESULT_SCHEMA
+from rome.summary import METRICS, record_metrics
+
+
+def result_rows(count: int, run: str, skill: float) -> list[dict[str, Any]]:
+    """Rows of an editor that makes the new target likelier by `skill` nats."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for case_id in range(count):
+        row: dict[str, Any] = {"run": run, "case_id": case_id, "relation_id": f"P{case_id % 4}"}
+        for kind, prompts, shift in (
+            ("rewrite", 1, skill),
+            ("paraphrase", 2, skill),
+            ("neighborhood", 10, 0.0),
+        ):
+            true = draw.uniform(8, 12, prompts)
+            row[f"{kind}_nll_true"] = true.tolist()
+            row[f"{kind}_nll_new"] = (true + 1 - shift + draw.normal(0, 1, prompts)).tolist()
+        rows.append(row | {"status": OK, "attempts": 1, "GE": 6.2, "RS": 0.3 + case_id / 1000})
+    return rows
+
+
+def write_part(run_dir: Path, editor: str, rows: list[dict[str, Any]], name: str) -> Path:
+    table = pl.from_arrow(pa.Table.from_pylist(rows, schema=RESULT_SCHEMA))
+    assert isinstance(table, pl.DataFrame)
+    path = run_dir / "results" / "benchmark=facts" / "model=a%2Fb" / f"editor={editor}" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.with_columns(record_metrics()).to_arrow(), path)
+    return path
+
+
+def make_run(run_dir: Path, records: int = 40, done: int = 40) -> Path:
+    """A run of `none` and `rome`, of which `rome` has come as far as `done`."""
+    run_dir.mkdir(parents=True)
+    manifest = {"name": run_dir.name, "records": records, "editors": ["rome", "none"]}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    for editor, skill, rows in (("none", 0.0, records), ("rome", 9.0, done)):
+        for start in range(0, rows, 16):
+            part = result_rows(records, run_dir.name, skill)[start : min(start + 16, rows)]
+            name = f"part-00000-{start:06d}-{start + 16:06d}.parquet"
+            write_part(run_dir, editor, part, name)
+    return run_dir
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_table_of_a_finished_run(tmp_path: Path) -> None:
+    # A folder `run=...` above the run directory must not become a column.
+    run_dir = make_run(tmp_path / "run=other" / "demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.reduce", str(run_dir)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["demo", "·", "facts", "·", "a/b"] in lines
+    assert ["Editor", *METRICS, "n", "dead"] in lines
+    rome, unedited = (next(x for x in lines if x[:1] == [e]) for e in ("rome", "unedited"))
+    assert lines.index(rome) < lines.index(unedited)
+    assert float(rome[1]) > float(unedited[1])
+    assert rome[-2:] == ["40", "0"]
+    assert rome[8] == "620.0"
+
+
+def test_the_files_of_a_run(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "my_run")
+    frame = reduce([str(run_dir)])
+    assert pl.read_parquet(run_dir / "summary.parquet").equals(frame)
+    assert frame["editor"].to_list() == ["rome", "none"]
+    assert frame["model"].unique().to_list() == ["a/b"]
+    rome = frame.row(0, named=True)
+    assert rome["S_low"] < rome["S"] < rome["S_high"]
+    shown = f"{rome['RS']:.1f}", f"{rome['RS_half_width']:.1f}"
+    markdown = (run_dir / "table.md").read_text()
+    assert f"| {shown[0]} (± {shown[1]}) | 40 | 0 |" in markdown
+    assert "| unedited |" in markdown
+    latex = (run_dir / "table.tex").read_text()
+    assert rf"& {shown[0]} ({shown[1]}) & 40 & 0 \\" in latex
+    assert invoke(run_dir, "--format", "latex").stdout == latex
+    assert invoke(run_dir, "--format", "markdown").stdout == markdown
+
+
+def test_json_has_both_intervals_and_nothing_else_on_stdout(tmp_path: Path) -> None:
+    result = invoke(make_run(tmp_path / "demo", done=20), "--format", "json")
+    rome = json.loads(result.stdout)[0]
+    assert rome["editor"] == "rome"
+    assert {"ES_half_width", "ES_low", "ES_high", "n", "dead", "duplicates", "records"} <= set(rome)
+    assert "in progress" in result.stderr
+
+
+def test_a_run_in_progress_says_so(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo", done=32)
+    result = invoke(run_dir)
+    assert result.exit_code == 0
+    assert "demo, rome: in progress, 32 of 40 records." in result.stderr
+    assert "unedited" not in result.stderr
+    assert "in progress, 32 of 40" in (run_dir / "table.md").read_text()
+
+
+def test_an_editor_that_has_not_begun_is_shown(tmp_path: Path) -> None:
+    result = invoke(make_run(tmp_path / "demo", done=0), "--format", "markdown")
+    assert "| rome | – | – | – | – | – | – | – | – | – | 0 | 0 |" in result.stdout
+    assert "demo, rome: in progress, 0 of 40 records." in result.stderr
+
+
+def test_duplicates_and_dead_letters_are_counted(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo", records=41, done=40)
+    clean = reduce([str(run_dir)]).row(0, named=True)
+    rows = result_rows(41, "demo", 9.0)
+    poison = {"run": "demo", "case_id": 40, "status": ERROR, "error": "poison", "attempts": 3}
+    write_part(run_dir, "rome", [*rows[5:8], poison], "part-00000-000005-000008.parquet")
+    # Neither a temporary file nor a marker is a part.
+    for name in (".tmp-1.parquet", "_part.parquet"):
+        (run_dir / "results" / name).write_bytes(b"half")
+    result = invoke(run_dir)
+    assert "demo, rome: duplicate rows dropped: 3." in result.stderr
+    assert "demo, rome: dead letters: 1, not in the means." in result.stderr
+    assert "in progress" not in result.stderr
+    rome = reduce([str(run_dir)]).row(0, named=True)
+    assert (rome["n"], rome["dead"], rome["duplicates"]) == (40, 1, 3)
+    assert [rome[m] for m in METRICS] == [clean[m] for m in METRICS]
+
+
+def test_several_runs_in_one_table(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", records=20, done=20)
+    result = invoke(first, second, "--format", "markdown")
+    assert result.stdout.startswith("**facts · a/b**")
+    assert "| Run | Editor | S |" in result.stdout
+    assert [line.split(" | ")[:2] for line in result.stdout.splitlines() if "(±" in line] == [
+        [f"| {run}", editor] for run in ("first", "second") for editor in ("rome", "unedited")
+    ]
+    assert "second" not in (first / "table.md").read_text()
+    assert pl.read_parquet(second / "summary.parquet")["n"].to_list() == [20, 20]
+
+
+@pytest.mark.parametrize("size", [0, 60, 3000])
+def test_a_damaged_part_is_named_and_refused(tmp_path: Path, size: int) -> None:
+    run_dir = make_run(tmp_path / "demo")
+    part = sorted(run_dir.rglob("editor=rome/part-*"))[1]
+    with part.open("r+b") as file:
+        file.truncate(size)
+    result = invoke(run_dir)
+    assert result.exit_code == 1
+    assert part.name in result.stderr
+    assert "again" in result.stderr
+    assert not (run_dir / "summary.parquet").exists()
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    result = invoke(tmp_path / "nothing")
+    assert result.exit_code == 1
+    assert "has no manifest.json" in result.stderr
+    run_dir = tmp_path / "begun"
+    run_dir.mkdir()
+    (run_dir / "manifest.json").write_text('{"name": "begun", "rows": 3}')
+    assert "lacks editors, records" in invoke(run_dir).stderr
+    (run_dir / "manifest.json").write_text('{"name": "begun", "records": 3, "editors": ["none"]}')
+    assert "has no results yet" in invoke(run_dir).stderr
