@@ -1,0 +1,209 @@
+"""C = E[k k^T], the uncentred second moment of a layer's keys, and C^-1 k.
+
+Section 3.1 and Appendix E of the ROME paper; `rome/layer_stats.py` in its code. A key is the input
+of an MLP's down-projection at one token.
+
+Shapes: T tokens, E edits, K key size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class UnsolvableError(ValueError):
+    """C has no inverse: its keys do not span the space of keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a second moment was computed from."""
+
+    model: str
+    model_fingerprint: str
+    layer: int
+    weight: str
+    corpus: str
+    corpus_fingerprint: str
+
+
+@dataclass
+class SecondMoment:
+    """The sum of k k^T over tokens, in float64, and the number of tokens."""
+
+    sum_KK: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, key_size: int, device: torch.device | str = "cpu") -> SecondMoment:
+        return cls(torch.zeros(key_size, key_size, dtype=torch.float64, device=device))
+
+    def add(self, keys_TK: Tensor) -> None:
+        """Add one row per token. Raises ValueError where a key is not finite."""
+        keys_TK = keys_TK.to(self.sum_KK)
+        if not keys_TK.isfinite().all():
+            raise ValueError(
+                "a key is not finite, and one such token would spoil the whole second moment; "
+                "run the model in float32, or leave out the text that causes it"
+            )
+        self.sum_KK.addmm_(keys_TK.T, keys_TK)
+        self.count += len(keys_TK)
+
+    def mean(self) -> Tensor:
+        """C [K, K], float64: sum / count, not centred, no damping."""
+        return self.sum_KK / self.count
+
+    def fingerprint(self) -> str:
+        """sha256 of the numbers."""
+        digest = hashlib.sha256(f"{self.count} {tuple(self.sum_KK.shape)} ".encode())
+        digest.update(self.sum_KK.cpu().contiguous().numpy().data.cast("B"))
+        return digest.hexdigest()
+
+
+def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
+    """The second moment of all tokens of the parts.
+
+    Sums round, so that their order matters in the last bit: give parts of a fixed division of the
+    corpus in the corpus's order, and the result is bit for bit the same whoever computed which.
+    Raises ValueError without parts.
+    """
+    total: SecondMoment | None = None
+    for part in parts:
+        if total is None:
+            total = SecondMoment(part.sum_KK.clone(), part.count)
+        else:
+            total.sum_KK += part.sum_KK
+            total.count += part.count
+    if total is None:
+        raise ValueError("there is no second moment to merge: the corpus gave no part")
+    return total
+
+
+def save(path: str | os.PathLike[str], moment: SecondMoment, origin: Origin) -> None:
+    """Write a second moment as safetensors, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "origin": json.dumps(asdict(origin)),
+        "tokens": str(moment.count),
+        "fingerprint": moment.fingerprint(),
+    }
+    tensors = {"sum": moment.sum_KK.cpu().contiguous(), "count": torch.tensor(moment.count)}
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:
+    """A second moment that `save` wrote, checked against its fingerprint.
+
+    Also reads files of the tensors `second_moment` (the mean) and `count`, which say nothing of
+    their origin. Raises ValueError where the file holds neither, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged ({error}). Delete it and run jobs.second_moment again."
+        ) from error
+    if {"second_moment", "count"} <= tensors.keys():
+        count = int(tensors["count"])
+        return _checked(SecondMoment(tensors["second_moment"].double() * count, count), path), None
+    if not {"sum", "count"} <= tensors.keys() or "fingerprint" not in metadata:
+        raise ValueError(
+            f"{os.fspath(path)} is not a second moment: it holds {sorted(tensors)}, expected 'sum' "
+            "and 'count' with their origin. Write it with jobs.second_moment."
+        )
+    moment = _checked(SecondMoment(tensors["sum"], int(tensors["count"])), path)
+    if moment.fingerprint() != metadata["fingerprint"]:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: its numbers have the fingerprint "
+            f"{moment.fingerprint()}, it says {metadata['fingerprint']}. "
+            "Delete it and run jobs.second_moment again."
+        )
+    return moment, Origin(**json.loads(metadata["origin"]))
+
+
+def import_npz(path: str | os.PathLike[str]) -> SecondMoment:
+    """A second moment from an `.npz` file as the authors of ROME publish them.
+
+    `util/runningstats.py` there: `mom2.mom2` is the sum, `mom2.count` the number of tokens.
+    Raises ValueError where the file has no such entries.
+    """
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        if missing := {"mom2.mom2", "mom2.count"} - set(file.files):
+            raise ValueError(
+                f"{os.fspath(path)} lacks {sorted(missing)}; it holds {sorted(file.files)}. "
+                "Give a file of statistics collected with 'mom2', such as "
+                "transformer.h.17.mlp.c_proj_float32_mom2_100000.npz"
+            )
+        sum_KK = torch.from_numpy(file["mom2.mom2"]).double()
+        return _checked(SecondMoment(sum_KK, int(file["mom2.count"])), path)
+
+
+def _checked(moment: SecondMoment, path: str | os.PathLike[str]) -> SecondMoment:
+    shape = tuple(moment.sum_KK.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or moment.count < 1:
+        raise ValueError(
+            f"{os.fspath(path)} is not a second moment: expected a square matrix over at least one "
+            f"token, got shape {shape} over {moment.count} tokens"
+        )
+    return moment
+
+
+class Solver:
+    """C^-1 k by Cholesky in float64, factored once, on the device of the second moment.
+
+    Raises UnsolvableError where C is singular; the error says how many tokens are lacking.
+    """
+
+    def __init__(self, moment: SecondMoment) -> None:
+        self._mean_KK = moment.mean()
+        self._factor_KK, failed = torch.linalg.cholesky_ex(self._mean_KK)
+        # Rounding may let a singular C through: its factor then ends in noise.
+        pivots_K = self._factor_KK.diagonal().square()
+        noise = len(pivots_K) * torch.finfo(torch.float64).eps
+        singular = bool(failed) or bool(pivots_K.min() <= noise * pivots_K.max())
+        if moment.count < len(pivots_K) or singular:
+            raise UnsolvableError(_what_is_lacking(moment))
+
+    def solve(self, keys_EK: Tensor) -> Tensor:
+        """C^-1 k of each row [E, K], float64, on the device of the keys."""
+        right_KE = keys_EK.to(self._factor_KK).T
+        return torch.cholesky_solve(right_KE, self._factor_KK).T.to(keys_EK.device)
+
+    @cached_property
+    def condition_number(self) -> float:
+        """Largest over smallest eigenvalue of C. Costs far more than the factor."""
+        eigenvalues_K = torch.linalg.eigvalsh(self._mean_KK)
+        return float(eigenvalues_K[-1] / eigenvalues_K[0])
+
+
+def _what_is_lacking(moment: SecondMoment) -> str:
+    key_size = len(moment.sum_KK)
+    rank = int(torch.linalg.matrix_rank(moment.sum_KK, hermitian=True))
+    rank = min(rank, moment.count, key_size - 1)
+    return (
+        f"the second moment cannot be solved: {moment.count} tokens span {rank} of {key_size} key "
+        f"dimensions. It needs at least {key_size - rank} more tokens, and ten times {key_size} in "
+        "all are advisable. Run jobs.second_moment with a larger corpus, or edit without the "
+        "second moment."
+    )

@@ -1,0 +1,181 @@
+"""Second moments: sums, files, C^-1 k, and the reference's u."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rome.second_moment import (
+    Origin,
+    SecondMoment,
+    Solver,
+    UnsolvableError,
+    import_npz,
+    load,
+    merge,
+    save,
+)
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
+
+ORIGIN = Origin(
+    model="tiny",
+    model_fingerprint="abc",
+    layer=3,
+    weight="model.layers.3.mlp.down_proj.weight",
+    corpus="passages",
+    corpus_fingerprint="def",
+)
+
+
+def random_keys(tokens: int, key_size: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(tokens, key_size, generator=generator) + 0.5
+
+
+def moment_of(*batches: Tensor) -> SecondMoment:
+    moment = SecondMoment.zeros(batches[0].shape[1])
+    for keys_TK in batches:
+        moment.add(keys_TK)
+    return moment
+
+
+def test_mean_is_the_uncentred_second_moment() -> None:
+    keys_TK = random_keys(50)
+    expected = sum(torch.outer(k, k) for k in keys_TK.double()) / 50
+    moment = moment_of(*keys_TK.chunk(7))
+    assert moment.count == 50
+    assert moment.mean().dtype == torch.float64
+    torch.testing.assert_close(moment.mean(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_merge_in_order_is_exact_and_leaves_the_parts() -> None:
+    chunks = random_keys(60).chunk(9)
+    parts = [moment_of(chunk) for chunk in chunks]
+    before = parts[0].fingerprint()
+    merged = merge(parts)
+    assert merged.fingerprint() == moment_of(*chunks).fingerprint()
+    assert merge([moment_of(c) for c in chunks]).fingerprint() == merged.fingerprint()
+    assert parts[0].fingerprint() == before
+    with pytest.raises(ValueError, match="no part"):
+        merge([])
+
+
+def test_a_key_that_is_not_finite_is_refused() -> None:
+    moment = moment_of(random_keys(5))
+    keys_TK = random_keys(3)
+    keys_TK[1, 2] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        moment.add(keys_TK)
+    assert moment.count == 5
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    moment = moment_of(random_keys(40))
+    path = tmp_path / "deep" / "c.safetensors"
+    save(path, moment, ORIGIN)
+    loaded, origin = load(path)
+    assert origin == ORIGIN
+    assert loaded.fingerprint() == moment.fingerprint()
+    assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save(path, moment_of(random_keys(40)), ORIGIN)
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged.*jobs\.second_moment again"):
+        load(path)
+    path.write_bytes(data[:1000])
+    with pytest.raises(ValueError, match=r"damaged.*jobs\.second_moment again"):
+        load(path)
+    save_file({"weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=r"holds \['weight'\]"):
+        load(path)
+
+
+def test_a_file_of_the_mean_is_read(tmp_path: Path) -> None:
+    moment = moment_of(random_keys(40))
+    path = tmp_path / "mean.safetensors"
+    save_file({"second_moment": moment.mean().float(), "count": torch.tensor(40)}, path)
+    loaded, origin = load(path)
+    assert origin is None
+    assert loaded.count == 40
+    torch.testing.assert_close(loaded.mean(), moment.mean(), rtol=1e-6, atol=0)
+
+
+def test_the_authors_npz_holds_the_sum(tmp_path: Path) -> None:
+    moment = moment_of(random_keys(40))
+    path = tmp_path / "stats.npz"
+    entries = {
+        "mom2.constructor": "util.runningstats.SecondMoment()",
+        "mom2.count": 40,
+        "mom2.mom2": moment.sum_KK.float().numpy(),
+        "sample_size": 100000,
+    }
+    np.savez(path, **entries)  # type: ignore[arg-type]
+    imported = import_npz(path)
+    assert imported.count == 40
+    assert imported.sum_KK.dtype == torch.float64
+    torch.testing.assert_close(imported.mean(), moment.mean(), rtol=1e-6, atol=0)
+
+    np.savez(path, **{"mean.count": np.array(40)})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lacks \['mom2.count', 'mom2.mom2'\]"):
+        import_npz(path)
+    np.savez(path, **{"mom2.count": np.array(40), "mom2.mom2": np.zeros((3, 4))})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"square.*\(3, 4\)"):
+        import_npz(path)
+
+
+def test_solve_inverts() -> None:
+    moment = moment_of(random_keys(200))
+    solver = Solver(moment)
+    keys_EK = random_keys(5).float()
+    solved_EK = solver.solve(keys_EK)
+    assert solved_EK.shape == keys_EK.shape
+    torch.testing.assert_close(solved_EK @ moment.mean(), keys_EK.double(), rtol=1e-10, atol=1e-10)
+    expected = np.linalg.cond(moment.mean().numpy())
+    assert solver.condition_number == pytest.approx(expected, rel=1e-9)
+
+
+def test_too_few_tokens_say_how_many_more() -> None:
+    with pytest.raises(UnsolvableError, match=r"7 tokens span 7 of 12.* at least 5 more tokens"):
+        Solver(moment_of(random_keys(7)))
+
+
+@pytest.mark.parametrize("tokens", [9, 12, 500])
+def test_repeated_tokens_do_not_help(tokens: int) -> None:
+    few = random_keys(9)
+    keys_TK = few.repeat(tokens // 9 + 1, 1)[:tokens]
+    with pytest.raises(UnsolvableError, match=f"{tokens} tokens span 9 of 12.* at least 3 more"):
+        Solver(moment_of(keys_TK))
+
+
+def test_a_dead_neuron_is_unsolvable_whatever_the_tokens() -> None:
+    keys_TK = random_keys(100)
+    keys_TK[:, 4] = 0
+    with pytest.raises(UnsolvableError, match="span 11 of 12"):
+        Solver(moment_of(keys_TK))
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference's results are not here")
+def test_u_of_every_reference_case() -> None:
+    moment, _ = load(REFERENCE / "second_moment_layer6.safetensors")
+    assert moment.count == 97947
+    solver = Solver(moment)
+    files = sorted(REFERENCE.glob("*/case_*.safetensors"))
+    cases = [load_file(path) for path in files]
+    assert len(cases) == sum(
+        len(json.loads(path.read_text())) for path in REFERENCE.glob("*/records.json")
+    )
+    solved_EK = solver.solve(torch.stack([case["k_star"] for case in cases]))
+    u_EK = solved_EK / solved_EK.norm(dim=1, keepdim=True)
+    expected_EK = torch.stack([case["u"] for case in cases]).double()
+    errors_E = (u_EK - expected_EK).norm(dim=1) / expected_EK.norm(dim=1)
+    assert errors_E.max() < 1e-4
