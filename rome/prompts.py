@@ -1,0 +1,112 @@
+"""From text to tokens: the seam between prompt and target, the subject's last token, batches.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a whole text with the character span of each; special tokens span nothing."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    special: list[bool]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
+    """Encode whole texts as the tokenizer does by default (with BOS where it adds one)."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, padding=False
+    )
+    columns = ("input_ids", "offset_mapping", "special_tokens_mask")
+    return [
+        Encoded(ids, spans, [bool(s) for s in special])
+        for ids, spans, special in zip(*(encoded[c] for c in columns), strict=True)
+    ]
+
+
+def with_target(prompt: str, target: str) -> str:
+    """The text in which `target` is scored: prompt and target, one space between."""
+    return f"{prompt.rstrip(' ')} {target.lstrip(' ')}"
+
+
+def target_start(encoded: Encoded, prompt: str) -> int:
+    """Index of the first token of the target in the encoding of `with_target(prompt, target)`.
+
+    A token that merges over the seam belongs to the target; special tokens before it do not.
+    """
+    end = len(prompt.rstrip(" "))
+    for i, ((start, stop), special) in enumerate(zip(encoded.spans, encoded.special, strict=True)):
+        if not special and (start >= end or stop > end):
+            return i
+    raise ValueError(f"no token of a target follows the prompt {prompt!r}; is the target empty?")
+
+
+def subject_last(encoded: Encoded, prompt: str, subject: str) -> int:
+    """Index of the token that holds the subject's last character.
+
+    `prompt` has one `{}` and `encoded` starts with the tokens of the prompt filled with `subject`.
+    Equals the index of the reference code (tokens of what precedes plus tokens of the subject)
+    wherever the tokenizer neither adds BOS nor merges over the subject's borders.
+    """
+    begin = prompt.index("{}")
+    last = begin + len(subject.rstrip()) - 1
+    for i in reversed(range(len(encoded.ids))):
+        start, stop = encoded.spans[i]
+        if not encoded.special[i] and start <= last < stop:
+            return i
+    raise ValueError(f"the subject {subject!r} has no token in the prompt {prompt!r}")
+
+
+@dataclass
+class Batch:
+    """Rows of tokens with padding on either side.
+
+    `positions` counts each row's own tokens from 0, so that padding moves nothing.
+    """
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    positions_BT: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        return Batch(self.ids_BT[rows], self.mask_BT[rows], self.positions_BT[rows])
+
+
+def pad(
+    rows: Sequence[Sequence[int]],
+    device: torch.device | str,
+    columns: Sequence[int] | None = None,
+) -> Batch:
+    """Pad rows of token ids on the right, or so that token `columns[b]` of each row shares a column.
+
+    Padding is token 0, masked out.
+    """
+    pivots = columns if columns is not None else [0] * len(rows)
+    left = max(pivots)
+    right = max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
+    ids_BT = torch.zeros(len(rows), left + right, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for b, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
+        start = left - pivot
+        ids_BT[b, start : start + len(row)] = torch.tensor(row)
+        mask_BT[b, start : start + len(row)] = 1
+    shift_B1 = torch.tensor([[left - pivot] for pivot in pivots])
+    positions_BT = (torch.arange(left + right) - shift_B1).clamp(min=0)
+    return Batch(ids_BT.to(device), mask_BT.to(device), positions_BT.to(device))
+
+
+def context_templates(texts: Sequence[str]) -> list[str]:
+    """`{}` and one `TEXT. {}` for each sampled text; its braces become spaces."""
+    return ["{}", *(text.replace("{", " ").replace("}", " ") + ". {}" for text in texts)]
