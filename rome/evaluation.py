@@ -1,0 +1,90 @@
+"""Edit, score, revert: what a worker does with a batch of records, without knowing that it is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rome.deltas import Edit
+from rome.editors import Editor
+from rome.models import EditableModel
+from rome.records import Record
+from rome.scoring import generation, probabilities, text_metrics
+from rome.scoring.generation import GenerationSettings
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How edits are scored."""
+
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    token_budget: int = 8192
+    """Tokens of a batch, padding included; a matter of memory and speed alone."""
+
+
+def evaluate(
+    model: EditableModel,
+    editor: Editor,
+    records: Sequence[Record],
+    settings: ScoringSettings,
+    references: text_metrics.ReferenceTexts | None,
+) -> list[dict[str, Any]]:
+    """One row per record: the columns of RESULT_SCHEMA that the science fills in.
+
+    `references`: the store's reference texts for RS, or None where it has none. Seconds are the
+    record's equal share of the batch's.
+    """
+    began = time.perf_counter()
+    edits = editor.edit([record.request for record in records])
+    edited = time.perf_counter()
+    nlls = probabilities.score_records(model, records, edits, settings.token_budget)
+    scored = time.perf_counter()
+    texts = _texts(model, records, edits, settings)
+    generated = time.perf_counter()
+    return [
+        {
+            "case_id": record.case_id,
+            "relation_id": record.relation_id,
+            "subject": record.subject,
+            "prompt": record.prompt,
+            "target_new": record.target_new,
+            "target_true": record.target_true,
+            **nlls[r],
+            "texts": texts[r],
+            "GE": text_metrics.ngram_entropy(texts[r]) if texts[r] else None,
+            "RS": _reference_score(references, record, texts[r]),
+            **{f"edit_{name}": value for name, value in edits[r].health.items()},
+            "seconds_edit": (edited - began) / len(records),
+            "seconds_probabilities": (scored - edited) / len(records),
+            "seconds_generation": (generated - scored) / len(records),
+        }
+        for r, record in enumerate(records)
+    ]
+
+
+def _texts(
+    model: EditableModel,
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    settings: ScoringSettings,
+) -> list[list[str]]:
+    rows = [
+        start
+        for r, record in enumerate(records)
+        for start in generation.starts(model, record.generation_prompts, r, record.case_id)
+    ]
+    ids = generation.generate(model, rows, edits, settings.generation, settings.token_budget)
+    texts: list[list[str]] = [[] for _ in records]
+    for row, text in zip(rows, generation.decode(model, ids), strict=True):
+        texts[row.edit].append(text_metrics.clean(text))
+    return texts
+
+
+def _reference_score(
+    references: text_metrics.ReferenceTexts | None, record: Record, texts: Sequence[str]
+) -> float | None:
+    if references is None or not texts or record.relation_id is None or record.target_new_id is None:
+        return None
+    return references.score(texts, record.relation_id, record.target_new_id)
