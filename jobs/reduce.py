@@ -19,7 +19,7 @@ from cluster.store import Store
 from jobs import tables
 from rome.summary import summarize
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 PARTS = "results/"
 

@@ -1,0 +1,171 @@
+"""python -m jobs.evaluate CONFIG [--out RUN_DIR] [--set key=value ...]
+
+Every record under every editor of a run, on Ray. Run the same line again to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+from ray.exceptions import RayError
+
+from cluster.lock import LockedError
+from cluster.run import RunError, ensure_ray, run
+from cluster.store import Store
+from jobs import config as configs
+from jobs import second_moment
+from jobs.config import ConfigError, RunConfig
+from jobs.evaluation import Evaluation, EvaluationTask, grid_of, group_of, model_facts
+from jobs.prepare import MANIFEST, prepare
+from jobs.reduce import reduce, show
+from jobs.sources import ROOT, benchmarks
+from rome.summary import PROTOCOL
+
+DEAD_LETTERS = 3
+STOPPED = 130
+
+
+def evaluate(config: RunConfig, out: str) -> int:
+    """Do what is left of a run, print its table, and give the exit status.
+
+    0: every record has its row. DEAD_LETTERS: some rows are errors. STOPPED: not finished. Raises
+    ConfigError, LockedError, RunError or ValueError with nothing lost that was done.
+    """
+    store = Store(out)
+    records = record_store(config.benchmark)
+    manifest = _manifest(config, store, records)
+    benchmark = manifest["benchmark"]["name"]
+    evaluation = Evaluation(
+        config=config,
+        records=records,
+        grid=grid_of(records, config.records, config.lease_records),
+        templates=tuple(manifest["context_templates"]),
+        second_moments={int(k): v["file"] for k, v in manifest["second_moments"].items()},
+    )
+    outcome = run(
+        store.sub("results"),
+        [group_of(config, benchmark, editor) for editor in config.editors],
+        evaluation.grid,
+        partial(EvaluationTask, evaluation),
+        evaluation.dead_row,
+        config.workers,
+        expect={"model_fingerprint": manifest["model_fingerprint"]},
+    )
+    if outcome.done:
+        show(reduce([store.uri]))
+    if outcome.stopped or outcome.done < outcome.total:
+        _say(f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes")
+        return STOPPED
+    for group, case_id, error in outcome.dead:
+        _say(f"dead letter: {group} case {case_id}: {error}")
+    return DEAD_LETTERS if outcome.dead else 0
+
+
+def record_store(benchmark: str) -> Store:
+    """The store of a benchmark: a prepared one, or a named one, prepared if it is not there."""
+    if benchmark not in benchmarks():
+        store = Store(benchmark)
+        if not store.exists(MANIFEST):
+            raise ConfigError(
+                f"benchmark must be one of {', '.join(benchmarks())} or a prepared store, got "
+                f"'{benchmark}'; prepare one with python -m jobs.prepare SOURCE --out {benchmark}"
+            )
+        return store
+    store = Store(str(configs.workspace() / "records" / benchmark))
+    if not store.exists(MANIFEST):
+        prepare(benchmark, store.uri)
+    return store
+
+
+def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
+    """The run's manifest: the one there, if it is of the same run, or a new one, written first."""
+    data: dict[str, Any] = json.loads(records.read_bytes(MANIFEST))
+    now = {
+        "config": configs.plain(config),
+        "benchmark": {key: data[key] for key in ("name", "version", "fingerprint")},
+        "protocol": PROTOCOL,
+    }
+    if store.exists(MANIFEST):
+        there: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
+        if changed := configs.difference({key: there.get(key) for key in now}, now):
+            raise ConfigError(
+                f"{store.uri} holds another run; choose another --out, or go back to what it has:\n"
+                + "\n".join(changed)
+            )
+        return there
+    files = second_moment.ensure(config)
+    ensure_ray()
+    workers = config.workers
+    facts = ray.get(
+        ray.remote(model_facts)
+        .options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
+        .remote(config)
+    )
+    manifest = {
+        "name": config.name,
+        **now,
+        **facts,
+        "editors": list(config.editors),
+        "records": len(grid_of(records, config.records, config.lease_records)),
+        "records_store": records.uri,
+        "second_moments": {
+            str(layer): {"file": file, "sha256": _sha256(file)} for layer, file in files.items()
+        },
+        "code": {name: version(name) for name in ("rome-bench", "torch", "transformers", "ray")}
+        | {"source": _source_hash()},
+    }
+    store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    return manifest
+
+
+def _sha256(file: str) -> str:
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _source_hash() -> str:
+    """Hash of the project's Python files: which code made a run, also without git."""
+    digest = hashlib.sha256()
+    for folder in ("rome", "cluster", "jobs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
+    out: Annotated[
+        str | None, typer.Option(help="Run directory or URI [workspace/runs/NAME].")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
+    ] = None,
+) -> None:
+    """Evaluate every editor of a run over its records; the same line resumes."""
+    try:
+        run_config = configs.load(config, overrides or [])
+        status = evaluate(run_config, out or str(configs.workspace() / "runs" / run_config.name))
+    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
+        _say(f"error: {error}")
+        raise typer.Exit(1) from None
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()
