@@ -223,7 +223,7 @@ class Driver:
 
 
 def _workers_that_fit(settings: RunSettings) -> int:
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there: dict[str, float] = ray.cluster_resources()
     needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
     # The small term is for fractions: 1 // 0.1 is 9.
     fits = [int(there.get(name, 0) / need + 1e-9) for name, need in needs.items() if need]

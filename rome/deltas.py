@@ -5,7 +5,7 @@ Legend: B rows, E edits, T tokens, K input size, D output size, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -58,22 +58,23 @@ def applied(model: EditableModel, edits: Sequence[Edit]) -> Iterator[None]:
         yield
 
 
-def _low_rank_hook(model: EditableModel, deltas: Sequence[LowRankDelta | None]):  # type: ignore[no-untyped-def]
+def _low_rank_hook(
+    model: EditableModel, deltas: Sequence[LowRankDelta | None]
+) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     some = next(delta for delta in deltas if delta is not None)
     rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
     dtype = torch.promote_types(some.left_DR.dtype, torch.float32)
-    where = {"device": model.device, "dtype": dtype}
     # Rows of the same edit share one copy of its factors.
     unique = {id(delta): delta for delta in deltas}
-    left_EDR = torch.zeros(len(unique), some.left_DR.shape[0], rank, **where)
-    right_EKR = torch.zeros(len(unique), some.right_KR.shape[0], rank, **where)
+    left_EDR = some.left_DR.new_zeros(len(unique), some.left_DR.shape[0], rank, dtype=dtype)
+    right_EKR = some.right_KR.new_zeros(len(unique), some.right_KR.shape[0], rank, dtype=dtype)
     for e, delta in enumerate(unique.values()):
         if delta is not None:
             left_EDR[e, :, : delta.left_DR.shape[1]] = delta.left_DR
             right_EKR[e, :, : delta.right_KR.shape[1]] = delta.right_KR
     place = {key: e for e, key in enumerate(unique)}
-    edit_B = torch.tensor([place[id(delta)] for delta in deltas], device=model.device)
-    left_BDR, right_BKR = left_EDR[edit_B], right_EKR[edit_B]
+    edit_B = [place[id(delta)] for delta in deltas]
+    left_BDR, right_BKR = left_EDR[edit_B].to(model.device), right_EKR[edit_B].to(model.device)
 
     def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]

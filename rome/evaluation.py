@@ -1,4 +1,4 @@
-"""Edit, score, revert: what a worker does with a batch of records, without knowing that it is one."""
+"""Edit, score, revert: records in, result rows out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ class ScoringSettings:
     """How edits are scored."""
 
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    token_budget: int = 8192
-    """Tokens of a batch, padding included; a matter of memory and speed alone."""
 
 
 def evaluate(
@@ -30,18 +28,19 @@ def evaluate(
     records: Sequence[Record],
     settings: ScoringSettings,
     references: text_metrics.ReferenceTexts | None,
+    token_budget: int,
 ) -> list[dict[str, Any]]:
     """One row per record: the columns of RESULT_SCHEMA that the science fills in.
 
-    `references`: the store's reference texts for RS, or None where it has none. Seconds are the
-    record's equal share of the batch's.
+    `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
+    tokens of a forward pass at most. Seconds are the record's equal share of the batch's.
     """
     began = time.perf_counter()
     edits = editor.edit([record.request for record in records])
     edited = time.perf_counter()
-    nlls = probabilities.score_records(model, records, edits, settings.token_budget)
+    nlls = probabilities.score_records(model, records, edits, token_budget)
     scored = time.perf_counter()
-    texts = _texts(model, records, edits, settings)
+    texts = _texts(model, records, edits, settings.generation, token_budget)
     generated = time.perf_counter()
     return [
         {
@@ -68,14 +67,15 @@ def _texts(
     model: EditableModel,
     records: Sequence[Record],
     edits: Sequence[Edit],
-    settings: ScoringSettings,
+    settings: GenerationSettings,
+    token_budget: int,
 ) -> list[list[str]]:
     rows = [
         start
         for r, record in enumerate(records)
         for start in generation.starts(model, record.generation_prompts, r, record.case_id)
     ]
-    ids = generation.generate(model, rows, edits, settings.generation, settings.token_budget)
+    ids = generation.generate(model, rows, edits, settings, token_budget)
     texts: list[list[str]] = [[] for _ in records]
     for row, text in zip(rows, generation.decode(model, ids), strict=True):
         texts[row.edit].append(text_metrics.clean(text))
@@ -85,6 +85,11 @@ def _texts(
 def _reference_score(
     references: text_metrics.ReferenceTexts | None, record: Record, texts: Sequence[str]
 ) -> float | None:
-    if references is None or not texts or record.relation_id is None or record.target_new_id is None:
+    if (
+        references is None
+        or not texts
+        or record.relation_id is None
+        or record.target_new_id is None
+    ):
         return None
     return references.score(texts, record.relation_id, record.target_new_id)

@@ -11,8 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rome.prompts import Encoded, encode
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,19 @@ class EditableModel:
             digest.update(line.encode())
         return digest.hexdigest()
 
-    @contextmanager
-    def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> Iterator[nn.Module]:
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokens of whole texts. Raises ValueError for one with more than the model's positions."""
+        encoded = encode(self.tokenizer, texts)
+        limit = self.hf.config.max_position_embeddings
+        for text, row in zip(texts, encoded, strict=True):
+            if len(row.ids) > limit:
+                raise ValueError(
+                    f"a text must fit into {self.name}'s {limit} positions, got {len(row.ids)} "
+                    f"tokens: '{text[:60]}...'; shorten it or leave its record out"
+                )
+        return encoded
+
+    def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
         """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.
 
         Token ids must still be given (their values do not matter): they carry the shape. With
@@ -147,7 +159,15 @@ class EditableModel:
         base._modules = dict(base._modules)
         head = [_Entry(injected_BTD, layer) for layer in self.layers[:start]]
         base._modules[self.family.layers] = nn.ModuleList([*head, *self.layers[start:]])
-        yield base
+        return base
+
+    def up_to(self, layer: int) -> nn.Module:
+        """The decoder without the layers after `layer`; what it answers is of use to nobody but
+        hooks, since the final norm follows a layer that it was not made for."""
+        base = copy.copy(self.base)
+        base._modules = dict(base._modules)
+        base._modules[self.family.layers] = self.layers[: layer + 1]
+        return base
 
 
 class _Entry(nn.Module):
@@ -190,8 +210,9 @@ def family_of(config: PretrainedConfig) -> Family:
 
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's bits which sees every change of a bit or of an order."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = tensor.detach().contiguous().view(-1).view(bits[tensor.element_size()])
+    # At most 32 bits a number: the low bits of wider ones would be alike, and changes would cancel.
+    bits = {1: torch.uint8, 2: torch.int16}
+    flat = tensor.detach().contiguous().view(-1).view(bits.get(tensor.element_size(), torch.int32))
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHECKSUM_CHUNK):
         chunk = flat[start : start + _CHECKSUM_CHUNK].to(torch.int64)
@@ -205,23 +226,24 @@ _CHECKSUM_CHUNK = 1 << 22
 
 
 def load(
-    source: str, dtype: str, device: str = "cpu", name: str | None = None, attention: str = "sdpa"
+    source: str,
+    dtype: str,
+    device: str = "cpu",
+    name: str | None = None,
+    attention: str | None = None,
 ) -> EditableModel:
     """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
 
     `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
     installed package). `dtype`: float64, float32 or bfloat16, never chosen by the checkpoint.
+    `attention`: an implementation of transformers; None takes sdpa where the family has it.
     Weights are memory-mapped from safetensors, so workers on one node share their pages.
     Raises UnsupportedModelError, or ValueError for an unknown dtype or a missing file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-    path = source
-    if source.startswith("package:"):
-        path = str(_packaged(source))
-    if path.endswith(".gguf"):
-        path = str(_dequantised(Path(path)))
-    hf = AutoModelForCausalLM.from_pretrained(
+    path = _transformers_path(source)
+    hf: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=DTYPES[dtype],
         attn_implementation=attention,
@@ -229,7 +251,25 @@ def load(
         use_safetensors=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return EditableModel(hf.to(device), tokenizer, name or source)
+    hf.to(torch.device(device))
+    return EditableModel(hf, tokenizer, name or source)
+
+
+def outline(source: str, name: str | None = None) -> EditableModel:
+    """A model of which only shapes, names and the tokenizer are real: its weights take no memory.
+
+    For a driver on a small machine. Raises as `load` does.
+    """
+    path = _transformers_path(source)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return EditableModel(hf, AutoTokenizer.from_pretrained(path), name or source)
+
+
+def _transformers_path(source: str) -> str:
+    """What `from_pretrained` takes for a source."""
+    path = str(_packaged(source)) if source.startswith("package:") else source
+    return str(_dequantised(Path(path))) if path.endswith(".gguf") else path
 
 
 def _packaged(source: str) -> Path:
@@ -261,7 +301,7 @@ def _dequantised(gguf: Path) -> Path:
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        hf = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        hf: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         hf.hf_quantizer = None
         del hf.config.quantization_config
         hf.save_pretrained(tmp)

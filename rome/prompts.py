@@ -89,7 +89,7 @@ def pad(
     device: torch.device | str,
     columns: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad rows of token ids on the right, or so that token `columns[b]` of each row shares a column.
+    """Pad rows of token ids on the right, or so that the tokens `columns[b]` share one column.
 
     Padding is token 0, masked out.
     """

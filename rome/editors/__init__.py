@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rome.deltas import Edit
 from rome.editors.rome import Rome, RomeSettings
@@ -32,6 +32,8 @@ class Resources:
     templates: Sequence[str]
     solver: Callable[[int], Solver]
     """The solver of C = E[k k^T] at a layer."""
+    token_budget: int
+    """Tokens of a forward pass at most; a matter of memory and speed alone."""
 
 
 class Unedited:
@@ -45,7 +47,7 @@ class Unedited:
 class NoSettings:
     """The unedited model has nothing to set."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Kind:
 
 def _rome(resources: Resources, settings: RomeSettings) -> Rome:
     solver = resources.solver(settings.layer) if settings.second_moment else None
-    return Rome(resources.model, settings, resources.templates, solver)
+    return Rome(resources.model, settings, resources.templates, solver, resources.token_budget)
 
 
 EDITORS: dict[str, Kind] = {

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from rome.deltas import Edit, LowRankDelta
-from rome.editors import values
+from rome.editors import contexts, values
+from rome.editors.contexts import Contexts
 from rome.editors.values import ValueSettings
 from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import Solver
+
+# What a token costs in memory when its activations are kept, in tokens of which none are.
+_BACKWARD = 8
 
 
 @dataclass(frozen=True)
 class RomeSettings:
     """Hyperparameters of ROME; the defaults are the published ones for GPT-2 XL."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # An unknown key in a config is an error.
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
 
     layer: int = 17
     """Counted from 0."""
@@ -41,7 +45,7 @@ class Rome:
     """Edits many requests in one batch, each exactly as it would be alone.
 
     `templates`: the context templates, the bare `{}` first. `solver`: of C = E[k k^T] at the
-    layer, or None with `second_moment: false`.
+    layer, or None with `second_moment: false`. `token_budget`: tokens of a forward pass at most.
     """
 
     def __init__(
@@ -50,21 +54,31 @@ class Rome:
         settings: RomeSettings,
         templates: Sequence[str],
         solver: Solver | None,
+        token_budget: int,
     ) -> None:
         if not templates or templates[0] != "{}":
             raise ValueError(f"the first context template must be '{{}}', got {templates[:1]}")
         if settings.second_moment != (solver is not None):
             raise ValueError(
-                f"second_moment is {settings.second_moment}, but "
-                f"{'no' if solver is None else 'a'} second moment of layer {settings.layer} was given"
+                f"second_moment is {settings.second_moment}, but {'no' if solver is None else 'a'} "
+                f"second moment of layer {settings.layer} was given"
             )
         self.model, self.settings = model, settings
         self.templates, self.solver = list(templates), solver
+        self.token_budget = token_budget
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         """One edit per request, all computed from the unedited model."""
+        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
+        edits: dict[int, Edit] = {}
+        for batch in contexts.batches(chosen, self.token_budget // _BACKWARD):
+            made = self._edit([requests[i] for i in batch], [chosen[i] for i in batch])
+            edits |= zip(batch, made, strict=True)
+        return [edits[i] for i in range(len(requests))]
+
+    def _edit(self, requests: Sequence[Request], chosen: Sequence[Contexts]) -> list[Edit]:
         model, settings = self.model, self.settings
-        observed = values.observe(model, settings.layer, requests, self.templates)
+        observed = contexts.observe(model, settings.layer, chosen)
         C = len(self.templates)
         wide = torch.promote_types(model.dtype, torch.float32)
         keys_ECK = observed.key_ERK[:, :C].to(wide)
@@ -102,6 +116,6 @@ class Rome:
         return edits
 
     def _direction(self, keys_EK: Tensor) -> Tensor:
-        if self.solver is not None:
-            keys_EK = self.solver.solve(keys_EK)
-        return keys_EK / keys_EK.norm(dim=1, keepdim=True)
+        solved_EK = keys_EK if self.solver is None else self.solver.solve(keys_EK)
+        unit_EK: Tensor = solved_EK / solved_EK.norm(dim=1, keepdim=True)
+        return unit_EK.to(keys_EK.dtype)

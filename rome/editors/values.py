@@ -1,32 +1,24 @@
 """ROME's values: the v* of many edits optimised side by side (Meng et al. 2022, Equation 4).
 
-What no delta can change is computed once: one forward pass over all rows gives the keys, the MLP
-outputs to start from, the attention cache of every token before the subject's last, and the hidden
-states that enter the edited layer from there on. Each step then runs the remaining layers on the
-remaining tokens only.
+What no delta can change was computed once (`contexts.observe`). Each step runs the edited layer and
+those after it, on the subject's last token and those after it, and nothing else.
 
 Legend: E edits, C contexts, R = C + 1 rows of an edit (the last one is the KL prompt), B = E R,
-T tokens, P prefix columns, S suffix columns (the subject's last token is column 0), N target tokens,
-D hidden size, K key size, V vocabulary.
+P prefix columns, S suffix columns (the subject's last token is column 0), N tokens of a target,
+D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
-from rome import prompts
+from rome.editors.contexts import Observed
 from rome.models import EditableModel
-from rome.records import Request
-
-# The prompt whose next-token distribution must not drift (Equation 4, second term).
-KL_PROMPT = "{} is a"
 
 
 @dataclass(frozen=True)
@@ -43,35 +35,6 @@ class ValueSettings:
     stop_below: float = 0.05
 
 
-@dataclass
-class Observed:
-    """What the unedited model does at the subject's last token, per edit and row.
-
-    Everything has E as its first dimension, so that edits can leave by indexing.
-    """
-
-    key_ERK: Tensor
-    output_ERD: Tensor
-    ids_ERS: Tensor
-    positions_ERS: Tensor
-    mask_ERT: Tensor
-    entering_ERSD: Tensor | None
-    prefix: list[tuple[Tensor, Tensor]]
-    """Keys and values [E, R, heads, P, head size] of the edited layer and those after it."""
-    label_ids_ECN: Tensor
-    label_columns_ECN: Tensor
-    label_weights_ECN: Tensor
-    """1 / (C * target tokens), and 0 for padding: weights of a mean of means."""
-
-    def __getitem__(self, kept: Tensor) -> Observed:
-        def take(value: Any) -> Any:
-            if isinstance(value, list):
-                return [(k[kept], v[kept]) for k, v in value]
-            return None if value is None else value[kept]
-
-        return Observed(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
-
-
 @dataclass(frozen=True)
 class Value:
     """The outcome for one edit: v* = initial + delta, and how it was reached."""
@@ -80,100 +43,6 @@ class Value:
     initial_D: Tensor
     losses: list[float]
     clamp_hits: int
-
-
-def observe(
-    model: EditableModel, layer: int, requests: Sequence[Request], templates: Sequence[str]
-) -> Observed:
-    """One forward pass over every context of every request, target included.
-
-    Raises ValueError where a template or prompt does not hold exactly one `{}`.
-    """
-    rows, pivots, targets = [], [], []
-    for request in requests:
-        contexts = [_fill(template, request.prompt) for template in templates]
-        texts = [c.replace("{}", request.subject) for c in contexts]
-        full = [prompts.with_target(text, request.target) for text in texts]
-        encoded = prompts.encode(model.tokenizer, [*full, _fill(KL_PROMPT, request.subject)])
-        for context, text, row in zip(contexts, texts, encoded, strict=False):
-            start = prompts.target_start(row, text)
-            rows.append(row.ids[:-1])
-            pivots.append(prompts.subject_last(row, context, request.subject))
-            targets.append((row.ids[start:], start - 1 - pivots[-1]))
-        rows.append(encoded[-1].ids)
-        pivots.append(prompts.subject_last(encoded[-1], KL_PROMPT, request.subject))
-    batch = prompts.pad(rows, model.device, pivots)
-    return _forward(model, layer, batch, max(pivots), targets, len(requests))
-
-
-def _fill(template: str, text: str) -> str:
-    if template.count("{}") != 1:
-        raise ValueError(f"a template must contain exactly one '{{}}', got {template!r}")
-    return template.replace("{}", text)
-
-
-@torch.no_grad()
-def _forward(
-    model: EditableModel,
-    layer: int,
-    batch: prompts.Batch,
-    P: int,
-    targets: list[tuple[list[int], int]],
-    E: int,
-) -> Observed:
-    seen: dict[str, Tensor] = {}
-
-    def on_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen["entering_BSD"] = hidden[:, P:]
-
-    def on_down(module: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
-        seen["key_BK"], seen["output_BD"] = args[0][:, P], output_BTD[:, P]
-
-    hooks = [
-        model.layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True),
-        model.down_projection(layer).register_forward_hook(on_down),
-    ]
-    cache = DynamicCache()
-    try:
-        model.base(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT,
-            position_ids=batch.positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def per_edit(x: Tensor) -> Tensor:
-        return x.unflatten(0, (E, -1)).contiguous()
-
-    C = len(targets) // E
-    N = max(len(ids) for ids, _ in targets)
-    label_ids_BN = torch.zeros(len(targets), N, dtype=torch.long)
-    label_columns_BN = torch.zeros_like(label_ids_BN)
-    label_weights_BN = torch.zeros(len(targets), N, dtype=model.dtype)
-    for b, (ids, column) in enumerate(targets):
-        label_ids_BN[b, : len(ids)] = torch.tensor(ids)
-        label_columns_BN[b, : len(ids)] = torch.arange(column, column + len(ids))
-        label_weights_BN[b, : len(ids)] = 1 / (C * len(ids))
-    return Observed(
-        key_ERK=per_edit(seen["key_BK"]),
-        output_ERD=per_edit(seen["output_BD"]),
-        ids_ERS=per_edit(batch.ids_BT[:, P:]),
-        positions_ERS=per_edit(batch.positions_BT[:, P:]),
-        mask_ERT=per_edit(batch.mask_BT),
-        entering_ERSD=per_edit(seen["entering_BSD"]) if layer > 0 else None,
-        prefix=[
-            (per_edit(kv.keys[..., :P, :]), per_edit(kv.values[..., :P, :]))
-            for kv in cache.layers[layer:]
-        ],
-        label_ids_ECN=per_edit(label_ids_BN.to(model.device)),
-        label_columns_ECN=per_edit(label_columns_BN.to(model.device)),
-        label_weights_ECN=per_edit(label_weights_BN.to(model.device)),
-    )
 
 
 class _PrefixLayer(DynamicLayer):
@@ -193,9 +62,8 @@ class _PrefixLayer(DynamicLayer):
         return self.length
 
 
-@contextmanager
-def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor) -> Iterator[Any]:
-    """A function of no arguments that gives the last hidden states [B, S, D] under the deltas."""
+def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor) -> Tensor:
+    """The last hidden states [B, S, D] with a delta added to the MLP output at column 0."""
     R = observed.ids_ERS.shape[1]
     P = observed.mask_ERT.shape[2] - observed.ids_ERS.shape[2]
     delta_B1D = delta_ED.repeat_interleave(R, dim=0).unsqueeze(1)
@@ -205,18 +73,20 @@ def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor
         return torch.cat([first_B1D, output_BSD[:, 1:]], dim=1)
 
     flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
-    cache = Cache(layers=[_PrefixLayer(None, P)] * layer + [_PrefixLayer(kv, P) for kv in flat])
+    layers: list[Any] = [_PrefixLayer(None, P)] * layer + [_PrefixLayer(kv, P) for kv in flat]
+    cache = Cache(layers=layers)
     entering = observed.entering_ERSD
     hook = model.down_projection(layer).register_forward_hook(add_delta)
+    base = model.only_layers(layer, None if entering is None else entering.flatten(0, 1))
     try:
-        with model.only_layers(layer, None if entering is None else entering.flatten(0, 1)) as base:
-            yield lambda: base(
-                input_ids=observed.ids_ERS.flatten(0, 1),
-                attention_mask=observed.mask_ERT.flatten(0, 1),
-                position_ids=observed.positions_ERS.flatten(0, 1),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        hidden_BSD: Tensor = base(
+            input_ids=observed.ids_ERS.flatten(0, 1),
+            attention_mask=observed.mask_ERT.flatten(0, 1),
+            position_ids=observed.positions_ERS.flatten(0, 1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden_BSD
     finally:
         hook.remove()
 
@@ -225,8 +95,8 @@ def _log_probabilities(
     model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weighted NLL of the targets [E], and the KL prompt's log-probabilities [E, V]."""
-    with _tail(model, layer, observed, delta_ED) as tail:
-        hidden_ERSD = tail().unflatten(0, observed.ids_ERS.shape[:2])
+    hidden_BSD = _tail(model, layer, observed, delta_ED)
+    hidden_ERSD = hidden_BSD.unflatten(0, observed.ids_ERS.shape[:2])
     E, C, N = observed.label_ids_ECN.shape
     D = hidden_ERSD.shape[-1]
     columns_ECND = observed.label_columns_ECN[..., None].expand(E, C, N, D)
@@ -300,6 +170,4 @@ def optimise(
         excess_E = delta_ED.norm(dim=1) / (settings.clamp * length_E)
         delta_ED = delta_ED / excess_E.clamp(min=1)[:, None]
         hits_E[running_E] += excess_E > 1
-    return [
-        Value(*row) for row in zip(final_ED, start_ED, losses, hits_E.tolist(), strict=True)
-    ]
+    return [Value(*row) for row in zip(final_ED, start_ED, losses, hits_E.tolist(), strict=True)]

@@ -40,7 +40,7 @@ class Start:
 
 def starts(model: EditableModel, texts: Sequence[str], edit: int, case_id: int) -> list[Start]:
     """Prompts of one record; the i-th is seeded by (case_id, i) alone."""
-    encoded = prompts.encode(model.tokenizer, texts)
+    encoded = model.encode(texts)
     return [Start(row.ids, edit, (case_id, i)) for i, row in enumerate(encoded)]
 
 
@@ -58,7 +58,9 @@ def generate(
     """
     result: list[list[int]] = [[] for _ in rows]
     for batch in _batches(rows, max(1, token_budget // settings.max_tokens)):
-        for i, ids in zip(batch, _generate([rows[i] for i in batch], model, edits, settings), strict=True):
+        for i, ids in zip(
+            batch, _generate([rows[i] for i in batch], model, edits, settings), strict=True
+        ):
             result[i] = ids
     return result
 
@@ -76,6 +78,7 @@ def _generate(
     longest = max(len(row.ids) for row in rows)
     # Prompts end in one column, so each step appends one column to one cache.
     batch = prompts.pad([row.ids for row in rows], model.device, [len(row.ids) for row in rows])
+    last_position = max(longest, settings.max_tokens) - 1
     steps = max(settings.max_tokens - min(len(row.ids) for row in rows), 0)
     draws_BT = torch.stack([_draws(settings, row.key) for row in rows]).to(model.device)
     ids_BT, mask_BT = batch.ids_BT, batch.mask_BT
@@ -91,7 +94,8 @@ def _generate(
                 use_cache=True,
             ).last_hidden_state
             # Each row takes the draw of its own position, however many prompts are longer.
-            positions_BT = positions_BT[:, -1:] + 1
+            # A text that is complete goes on unread, and must not leave the model's positions.
+            positions_BT = (positions_BT[:, -1:] + 1).clamp(max=last_position)
             draw_B1 = draws_BT.gather(1, positions_BT.clamp(max=settings.max_tokens - 1))
             new_BT = _sample(model.logits(hidden_BTD[:, -1]), settings.top_k, draw_B1)
             ids_BT = torch.cat([ids_BT, new_BT], dim=1)
@@ -119,10 +123,16 @@ def _sample(logits_BV: Tensor, top_k: int, draw_B1: Tensor) -> Tensor:
 
 def decode(model: EditableModel, texts_ids: Sequence[Sequence[int]]) -> list[str]:
     """Token ids to raw text, special tokens included (reference code: `generate_fast`)."""
-    return list(model.tokenizer.batch_decode(texts_ids, clean_up_tokenization_spaces=False))
+    return list(
+        model.tokenizer.batch_decode(
+            [list(ids) for ids in texts_ids], clean_up_tokenization_spaces=False
+        )
+    )
 
 
-def sample_context_texts(model: EditableModel, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]:
+def sample_context_texts(
+    model: EditableModel, lengths: Sequence[tuple[int, int]], seed: int
+) -> list[str]:
     """Texts sampled from the start token, `count` of each `length` in tokens (start included).
 
     The reference samples ten of 5 and ten of 10 with top-k 5; the start token is not in the text.

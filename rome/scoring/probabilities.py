@@ -53,7 +53,7 @@ def nll(
 def _rows(model: EditableModel, queries: Sequence[Query]) -> list[_Row]:
     texts = [prompts.with_target(query.prompt, query.target) for query in queries]
     needs = []
-    for q, encoded in enumerate(prompts.encode(model.tokenizer, texts)):
+    for q, encoded in enumerate(model.encode(texts)):
         start = prompts.target_start(encoded, queries[q].prompt)
         if start == 0:
             raise ValueError(

@@ -1,0 +1,182 @@
+"""The contexts of requests, and what the unedited model does in them.
+
+Legend: E edits, C contexts, R = C + 1 rows of an edit (the last one is the KL prompt), B = E R,
+T tokens, P prefix columns, S suffix columns (the subject's last token is column 0), N tokens of a
+target, D hidden size, K key size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from rome import prompts
+from rome.models import EditableModel
+from rome.records import Request
+
+# The prompt whose next-token distribution must not drift (Equation 4, second term).
+KL_PROMPT = "{} is a"
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The token rows of one request: every template with the target, then the KL prompt."""
+
+    rows: list[list[int]]
+    """Without the target's last token, which is predicted but never read."""
+    pivots: list[int]
+    """Index of the subject's last token in each row."""
+    labels: list[tuple[list[int], int]]
+    """The target's tokens, and how far after the pivot the first of them is predicted."""
+
+    @property
+    def width(self) -> int:
+        """Tokens from the subject's last on, in the longest row."""
+        return max(len(row) - p for row, p in zip(self.rows, self.pivots, strict=True))
+
+
+def contexts(model: EditableModel, request: Request, templates: Sequence[str]) -> Contexts:
+    """Encode a request in every context template.
+
+    Raises ValueError where a template or prompt does not hold exactly one `{}`, or where one token
+    holds the subject's end and the target's beginning.
+    """
+    filled = [_fill(template, request.prompt) for template in templates]
+    texts = [_fill(context, request.subject) for context in filled]
+    full = [prompts.with_target(text, request.target) for text in texts]
+    encoded = model.encode([*full, _fill(KL_PROMPT, request.subject)])
+    made = Contexts([], [], [])
+    for context, text, row in zip(filled, texts, encoded, strict=False):
+        start = prompts.target_start(row, text)
+        pivot = prompts.subject_last(row, context, request.subject)
+        if start <= pivot:
+            raise ValueError(
+                f"the target {request.target!r} must begin after the subject's last token, "
+                f"but this tokenizer merges them in {text!r}; choose another prompt"
+            )
+        made.rows.append(row.ids[:-1])
+        made.pivots.append(pivot)
+        made.labels.append((row.ids[start:], start - 1 - pivot))
+    made.rows.append(encoded[-1].ids)
+    made.pivots.append(prompts.subject_last(encoded[-1], KL_PROMPT, request.subject))
+    return made
+
+
+def _fill(template: str, text: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError(f"a template or prompt must contain exactly one '{{}}', got {template!r}")
+    return template.replace("{}", text)
+
+
+def batches(chosen: Sequence[Contexts], token_budget: int) -> Iterator[list[int]]:
+    """Indices of requests of similar width, at most `token_budget` suffix tokens together."""
+    batch: list[int] = []
+    for i in sorted(range(len(chosen)), key=lambda i: chosen[i].width):
+        if batch and (len(batch) + 1) * len(chosen[i].rows) * chosen[i].width > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@dataclass
+class Observed:
+    """What the unedited model does at the subject's last token, per edit and row.
+
+    Everything has E as its first dimension, so that edits can leave by indexing.
+    """
+
+    key_ERK: Tensor
+    output_ERD: Tensor
+    ids_ERS: Tensor
+    positions_ERS: Tensor
+    mask_ERT: Tensor
+    entering_ERSD: Tensor | None
+    prefix: list[tuple[Tensor, Tensor]]
+    """Keys and values [E, R, heads, P, head size] of the edited layer and those after it."""
+    label_ids_ECN: Tensor
+    label_columns_ECN: Tensor
+    label_weights_ECN: Tensor
+    """1 / (C * target tokens), and 0 for padding: weights of a mean of means."""
+
+    def __getitem__(self, kept: Tensor) -> Observed:
+        def take(value: Any) -> Any:
+            if isinstance(value, list):
+                return [(k[kept], v[kept]) for k, v in value]
+            return None if value is None else value[kept]
+
+        return Observed(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
+
+
+@torch.no_grad()
+def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Observed:
+    """One forward pass of the unedited model over every row of every request."""
+    pivots = [pivot for request in chosen for pivot in request.pivots]
+    batch = prompts.pad([row for request in chosen for row in request.rows], model.device, pivots)
+    P = max(pivots)
+    seen: dict[str, Tensor] = {}
+
+    def on_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen["entering_BSD"] = hidden[:, P:]
+
+    def on_down(module: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+        seen["key_BK"], seen["output_BD"] = args[0][:, P], output_BTD[:, P]
+
+    hooks = [
+        model.layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True),
+        model.down_projection(layer).register_forward_hook(on_down),
+    ]
+    cache = DynamicCache()
+    cached: list[Any] = cache.layers
+    try:
+        model.base(
+            input_ids=batch.ids_BT,
+            attention_mask=batch.mask_BT,
+            position_ids=batch.positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def per_edit(x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(chosen), -1)).contiguous()
+
+    label_ids_BN, label_columns_BN, label_weights_BN = _labels(model, chosen)
+    return Observed(
+        key_ERK=per_edit(seen["key_BK"]),
+        output_ERD=per_edit(seen["output_BD"]),
+        ids_ERS=per_edit(batch.ids_BT[:, P:]),
+        positions_ERS=per_edit(batch.positions_BT[:, P:]),
+        mask_ERT=per_edit(batch.mask_BT),
+        entering_ERSD=per_edit(seen["entering_BSD"]) if layer > 0 else None,
+        prefix=[
+            (per_edit(kv.keys[..., :P, :]), per_edit(kv.values[..., :P, :]))
+            for kv in cached[layer:]
+        ],
+        label_ids_ECN=per_edit(label_ids_BN.to(model.device)),
+        label_columns_ECN=per_edit(label_columns_BN.to(model.device)),
+        label_weights_ECN=per_edit(label_weights_BN.to(model.device)),
+    )
+
+
+def _labels(model: EditableModel, chosen: Sequence[Contexts]) -> tuple[Tensor, Tensor, Tensor]:
+    labels = [label for request in chosen for label in request.labels]
+    C = len(labels) // len(chosen)
+    shape = len(labels), max(len(ids) for ids, _ in labels)
+    ids_BN = torch.zeros(shape, dtype=torch.long)
+    columns_BN = torch.zeros(shape, dtype=torch.long)
+    weights_BN = torch.zeros(shape, dtype=torch.promote_types(model.dtype, torch.float32))
+    for b, (ids, column) in enumerate(labels):
+        ids_BN[b, : len(ids)] = torch.tensor(ids)
+        columns_BN[b, : len(ids)] = torch.arange(column, column + len(ids))
+        weights_BN[b, : len(ids)] = 1 / (C * len(ids))
+    return ids_BN.to(model.device), columns_BN.to(model.device), weights_BN.to(model.device)

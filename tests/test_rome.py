@@ -1,0 +1,211 @@
+"""ROME in batches equals ROME one record at a time, and does what the paper's algebra says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Literal
+
+import oracle
+import pytest
+import tiny
+import torch
+from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+from torch import Tensor
+
+from rome.deltas import Edit, LowRankDelta, applied
+from rome.editors.rome import Rome, RomeSettings
+from rome.editors.values import ValueSettings
+from rome.models import FAMILIES, EditableModel
+from rome.records import Request
+from rome.second_moment import SecondMoment, Solver
+
+BUDGET = 2400  # All the requests do not fit into one batch.
+
+# KL is on in all; one clamps, one stops some edits early, and layer 0 has no layer before it.
+CLAMPED = RomeSettings(1, ValueSettings(steps=6, kl_factor=0.5, clamp=0.2, stop_below=0), "mean")
+STOPPING = RomeSettings(
+    0, ValueSettings(8, learning_rate=0.05, weight_decay=0.01, kl_factor=0.1), "mixed"
+)
+LAST = RomeSettings(2, ValueSettings(steps=4, stop_below=0), "prompt", second_moment=False)
+
+
+# The last layer's MLP at the subject reaches the target only from the prompt's last token.
+ENDING = [replace(r, prompt=p) for r, p in zip(REQUESTS, ["{}", "I saw {}"] * 3, strict=False)]
+
+
+def second_moment() -> SecondMoment:
+    generator = torch.Generator().manual_seed(1)
+    moment = SecondMoment.zeros(40)
+    mixing_KK = torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    moment.add(torch.randn(200, 40, generator=generator, dtype=torch.float64) @ mixing_KK)
+    return moment
+
+
+def parts(edit: Edit) -> tuple[Tensor, Tensor]:
+    (delta,) = edit.deltas.values()
+    return delta.left_DR[:, 0], delta.right_KR[:, 0]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float) -> None:
+    """Edits of 1, 3 and all requests at once equal the oracle's."""
+    requests = ENDING if settings is LAST else REQUESTS
+    moment = second_moment() if settings.second_moment else None
+    C_KK = None if moment is None else moment.mean()
+
+    def outcomes() -> list[oracle.Outcome]:
+        return [oracle.rome(model, settings, TEMPLATES, C_KK, request) for request in requests]
+
+    expected = outcomes()
+    if settings is STOPPING:
+        # Between two losses of the edit that gains most: it ends midway, others at once or never.
+        losses = max((outcome.losses for outcome in expected), key=lambda x: x[0] - min(x))
+        settings = replace(settings, value=replace(settings.value, stop_below=sum(losses[2:4]) / 2))
+        expected = outcomes()
+        steps = {len(outcome.losses) for outcome in expected}
+        assert len(steps) > 1
+        assert steps & set(range(2, settings.value.steps))
+    if settings is CLAMPED:
+        assert any(outcome.clamp_hits > 0 for outcome in expected)
+
+    editor = Rome(model, settings, TEMPLATES, None if moment is None else Solver(moment), BUDGET)
+    for size in (1, 3, len(requests)):
+        batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+        edits = [edit for batch in batches for edit in editor.edit(batch)]
+        for request, edit, one in zip(requests, edits, expected, strict=True):
+            lambda_D, u_K = parts(edit)
+            assert edit.request == request
+            assert lambda_D.dtype == u_K.dtype == model.dtype
+            assert close(u_K, one.u_K, tolerance)
+            assert close(lambda_D, one.lambda_D, tolerance)
+            assert edit.health["loss"] == pytest.approx(one.losses[-1], rel=tolerance)
+            assert edit.health["divisor"] == pytest.approx(one.divisor, rel=tolerance)
+            assert edit.health["steps"] == len(one.losses)
+            assert edit.health["clamp_hits"] == one.clamp_hits
+
+
+SETTINGS = pytest.mark.parametrize(
+    "settings", [CLAMPED, STOPPING, LAST], ids=["clamped", "stopping", "last"]
+)
+MAIN = ("gpt2", "gptj", "llama")
+
+
+@SETTINGS
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.usefixtures("no_narrowing")
+def test_batch_equals_one_record_at_a_time(family: str, kind: str, settings: RomeSettings) -> None:
+    check_batches(tiny.model(family, "float64", kind), settings, 1e-9)
+
+
+@SETTINGS
+@pytest.mark.parametrize("family", MAIN)
+def test_batch_equals_one_record_at_a_time_in_float32(family: str, settings: RomeSettings) -> None:
+    check_batches(tiny.model(family, "float32"), settings, 1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - set(MAIN)))
+def test_batch_equals_one_record_at_a_time_in_other_families(family: str) -> None:
+    check_batches(tiny.model(family, "float32"), CLAMPED, 1e-4)
+
+
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("keys", ["mean", "prompt"])
+@pytest.mark.usefixtures("no_narrowing")
+def test_edited_model_answers_the_key_with_the_value(
+    family: str, keys: Literal["mean", "prompt"]
+) -> None:
+    """W' k* = v* (Equation 2), read from a forward pass of a model whose weight was changed."""
+    model, moment = tiny.model(family), second_moment()
+    settings = replace(CLAMPED, keys=keys)
+    contexts = TEMPLATES if keys == "mean" else ["{}"]
+    editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)
+    for request, edit in zip(REQUESTS, editor.edit(REQUESTS), strict=True):
+        expected = oracle.rome(model, settings, TEMPLATES, moment.mean(), request).target_D
+        outputs = []
+        with oracle.edited(model, settings.layer, torch.outer(*parts(edit))):
+            for template in contexts:
+                context = template.replace("{}", request.prompt)
+                text = context.replace("{}", request.subject)
+                ids, _ = oracle.prompt_and_target(model.tokenizer, text, "")
+                at = oracle.subject_last(model.tokenizer, context, request.subject)
+                outputs.append(oracle.run(model, settings.layer, ids, at).output_D)
+        assert close(torch.stack(outputs).mean(0), expected, 1e-5)
+
+
+def random_edits(model: EditableModel, layers: Sequence[int] = (0, 1)) -> list[Edit]:
+    """One edit of nothing, and edits of rank one and two of one or two layers."""
+    generator = torch.Generator().manual_seed(2)
+
+    def delta(rank: int) -> LowRankDelta:
+        left, right = (torch.randn(n, rank, generator=generator) for n in (16, 40))
+        return LowRankDelta(left.to(model.dtype), right.to(model.dtype))
+
+    names = [model.weight_name(layer) for layer in layers]
+    return [
+        Edit(REQUESTS[0]),
+        Edit(REQUESTS[1], {names[0]: delta(1)}),
+        Edit(REQUESTS[2], {names[1]: delta(2)}),
+        Edit(REQUESTS[3], {name: delta(1) for name in names}),
+    ]
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_applied_equals_weights_changed_in_place(family: str) -> None:
+    """Each row of a batch runs as if its edit were alone, and nothing is left behind."""
+    model = tiny.model(family)
+    before = model.fingerprint()
+    edits = random_edits(model)
+    rows = [edits[e] for e in (3, 1, 0, 2, 1)]
+    ids_BT = torch.tensor([[5, 6, 7, 8], [9, 5, 4, 7], [9, 5, 4, 7], [9, 5, 4, 7], [1, 2, 3, 4]])
+    unedited = model.hf(ids_BT).logits
+    with applied(model, rows):
+        logits_BTV = model.hf(ids_BT).logits
+    for b, edit in enumerate(rows):
+        with ExitStack() as stack:
+            for layer in range(2):
+                if delta := edit.deltas.get(model.weight_name(layer)):
+                    change_DK = delta.left_DR @ delta.right_KR.T
+                    stack.enter_context(oracle.edited(model, layer, change_DK))
+                    assert delta.norm == pytest.approx(float(change_DK.norm()), rel=1e-12)
+            assert close(logits_BTV[b], model.hf(ids_BT[b : b + 1]).logits[0], 1e-6)
+    assert model.fingerprint() == before
+    assert torch.equal(model.hf(ids_BT).logits, unedited)
+
+
+def test_applied_refuses_another_number_of_rows() -> None:
+    model = tiny.model("gpt2")
+    edits = random_edits(model)
+    with applied(model, edits), pytest.raises(ValueError, match="4 edits, 2 rows"):
+        model.hf(torch.tensor([[1, 2], [3, 4]]))
+    model.hf(torch.tensor([[1, 2], [3, 4]]))  # The refusal removed the hooks.
+
+
+@pytest.mark.parametrize(
+    ("templates", "prompt"), [(["no"], "{} is"), (["{}", "{} {}"], "{} is"), (["{}"], "nobody is")]
+)
+def test_templates_and_prompts_hold_one_pair_of_braces(templates: list[str], prompt: str) -> None:
+    model = tiny.model("gpt2")
+    with pytest.raises(ValueError, match=r"'\{\}'"):
+        Rome(model, LAST, templates, None, BUDGET).edit([Request(prompt, "Bob", "Rome")])
+
+
+def test_a_token_that_holds_subject_and_target_is_refused() -> None:
+    model = tiny.model("gpt2", tokenizer_kind="merging")
+    request = Request("The capital is {}", "Italy is", "Rome")
+    with pytest.raises(ValueError, match="'Rome' must begin after the subject's"):
+        Rome(model, LAST, TEMPLATES, None, BUDGET).edit([request])

@@ -1,0 +1,177 @@
+"""Probabilities and texts of many records and edits at once equal those of one at a time."""
+
+from __future__ import annotations
+
+import random
+
+import oracle
+import pytest
+import tiny
+import torch
+from test_rome import MAIN, close, one_thread, random_edits  # noqa: F401
+from tiny import no_narrowing  # noqa: F401
+
+from rome.deltas import Edit
+from rome.models import EditableModel
+from rome.records import Record
+from rome.scoring import generation
+from rome.scoring.generation import GenerationSettings, Start
+from rome.scoring.probabilities import Query, nll, score_records
+
+# Targets of one and several tokens, one the beginning of another, after prompts that repeat, that
+# end in a space, and that another prompt with its target is the beginning of.
+PROMPTS = ["The capital of France is", "Where is São Tomé? In ", "東京タワー is in", "Rome is"]
+PROMPTS += ["The capital of France is Paris, France, and", PROMPTS[0]]
+TARGETS = ["Paris", "Paris, France", "Rome", "Ωmega"]
+QUERIES = [Query(e, p, t) for e in range(4) for p in PROMPTS for t in TARGETS]
+# Rows that are longer than a text may be, and rows of one key but other edits.
+ROWS = [
+    ("Rome", 0),
+    ("In which country is the Tokyo Tower? It is in Japan, not in Italy: 東京.", 1),
+]
+ROWS += [("The mother tongue of Žižek is", 2), ("東京", 3), ("東京", 0), ("Where is Rome?", 1)]
+GENERATION = GenerationSettings(top_k=3, max_tokens=18, seed=5)
+
+
+def change(model: EditableModel, edit: Edit, layer: int) -> torch.Tensor:
+    delta = edit.deltas.get(model.weight_name(layer))
+    zeros = torch.zeros(16, 40, dtype=model.dtype)
+    return zeros if delta is None else delta.left_DR @ delta.right_KR.T
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+@pytest.mark.parametrize("family", MAIN)
+def test_probabilities_equal_those_of_one_target_at_a_time(
+    family: str, kind: str, dtype: str, tolerance: float, request: pytest.FixtureRequest
+) -> None:
+    if dtype == "float64":
+        request.getfixturevalue("no_narrowing")
+    model = tiny.model(family, dtype, kind)
+    edits = random_edits(model)
+    expected = []
+    for e, edit in enumerate(edits):
+        with (
+            oracle.edited(model, 0, change(model, edit, 0)),
+            oracle.edited(model, 1, change(model, edit, 1)),
+        ):
+            expected += [oracle.nll(model, q.prompt, q.target) for q in QUERIES if q.edit == e]
+    assert len(set(expected)) == 4 * 5 * 4  # One prompt comes twice; all else differs.
+    order = random.Random(0).sample(range(len(QUERIES)), len(QUERIES))
+    for budget in (1, 100, 10_000):
+        found = nll(model, [QUERIES[i] for i in order], edits, budget)
+        assert found == pytest.approx([expected[i] for i in order], rel=tolerance)
+
+
+def test_probabilities_need_a_token_before_the_target() -> None:
+    model = tiny.model("gpt2")
+    with pytest.raises(ValueError, match="a token before it"):
+        nll(model, [Query(0, "", "Paris")], random_edits(model), 100)
+    assert nll(model, [], [], 100) == []
+
+
+def test_records_keep_the_order_of_their_prompts() -> None:
+    model = tiny.model("gpt2")
+    edits = random_edits(model)[2:]
+    names = ("Rome", "Paris", "Japan")
+    records = [
+        Record(
+            i,
+            None,
+            "{} is in",
+            name,
+            *("Italy", "France", None, None),
+            paraphrase_prompts=(f"Where is {name}? In", "It is in"),
+            neighborhood_prompts=tuple(f"{other} is in" for other in names[: i + 1]),
+            attribute_prompts=(),
+            generation_prompts=(),
+        )
+        for i, name in enumerate(names[:2])
+    ]
+    columns = score_records(model, records, edits, 200)
+    for record, edit, column in zip(records, edits, columns, strict=True):
+        with (
+            oracle.edited(model, 0, change(model, edit, 0)),
+            oracle.edited(model, 1, change(model, edit, 1)),
+        ):
+            for kind, texts in (
+                ("rewrite", [f"{record.subject} is in"]),
+                ("paraphrase", record.paraphrase_prompts),
+                ("neighborhood", record.neighborhood_prompts),
+                ("attribute", []),
+            ):
+                for target, text in (("new", "Italy"), ("true", "France")):
+                    expected = [oracle.nll(model, prompt, text) for prompt in texts]
+                    assert column[f"{kind}_nll_{target}"] == pytest.approx(expected, rel=1e-6)
+
+
+def starts(model: EditableModel) -> list[Start]:
+    return [
+        start
+        for i, (text, edit) in enumerate(ROWS)
+        for start in generation.starts(model, [text], edit, case_id=i)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.usefixtures("no_narrowing")
+def test_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> None:
+    model = tiny.model(family, "float64", kind)
+    edits, rows = random_edits(model), starts(model)
+    assert any(len(row.ids) > GENERATION.max_tokens for row in rows)
+    expected = []
+    for row in rows:
+        with (
+            oracle.edited(model, 0, change(model, edits[row.edit], 0)),
+            oracle.edited(model, 1, change(model, edits[row.edit], 1)),
+        ):
+            draws = generation._draws(GENERATION, row.key).tolist()
+            expected.append(oracle.generate(model, row.ids, draws, 3, GENERATION.max_tokens))
+    for ids, row in zip(expected, rows, strict=True):
+        assert len(ids) == max(GENERATION.max_tokens, len(row.ids))
+    for order in (range(6), (3, 5, 1, 0, 4, 2)):
+        for budget in (1, 3 * GENERATION.max_tokens, 1000):
+            found = generation.generate(model, [rows[i] for i in order], edits, GENERATION, budget)
+            assert found == [expected[i] for i in order]
+
+
+def test_draws_differ_by_seed_record_and_prompt() -> None:
+    model = tiny.model("gpt2")
+    prompts = generation.starts(model, ["Rome", "Rome"], 0, case_id=1)
+    prompts += generation.starts(model, ["Rome"], 0, case_id=2)
+    texts = [
+        tuple(ids)
+        for seed in (0, 1)
+        for ids in generation.generate(
+            model, prompts, random_edits(model), GenerationSettings(max_tokens=40, seed=seed), 1000
+        )
+    ]
+    assert len(set(texts)) == 6
+
+
+def test_sampling_takes_the_largest_in_proportion() -> None:
+    probabilities = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])
+    draws = torch.arange(0, 1, 0.001, dtype=torch.float64)
+    logits = probabilities.log().expand(len(draws), -1)
+    ids = generation._sample(logits, 3, draws[:, None])[:, 0]
+    shares = ids.bincount(minlength=5) / len(ids)
+    assert close(shares, torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, 0.01)
+
+
+def test_a_long_prompt_does_not_run_past_the_models_positions() -> None:
+    """A text that is complete waits for shorter ones in its batch, and must not grow meanwhile."""
+    model = tiny.model("gpt2")
+    rows = [Start([5] * 120, 0, (0,)), Start([5], 0, (1,))]
+    settings = GenerationSettings(max_tokens=30)
+    long, short = generation.generate(model, rows, random_edits(model), settings, 10_000)
+    assert (len(long), len(short)) == (120, 30)
+
+
+def test_context_texts_are_the_same_every_time() -> None:
+    model = tiny.model("gpt2")
+    texts = generation.sample_context_texts(model, [(5, 3), (10, 2)], seed=0)
+    assert len(texts) == 5
+    assert texts == generation.sample_context_texts(model, [(5, 3), (10, 2)], seed=0)
+    assert texts != generation.sample_context_texts(model, [(5, 3), (10, 2)], seed=1)
+    assert not any(tiny.END in text for text in texts)
