@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -83,7 +83,7 @@ class TemplateConfig:
 class RunConfig:
     """One file of configs/runs, with its model filled in."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # For the dataclasses inside as well.
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # For the dataclasses inside as well.
     name: str
     model: ModelConfig
     benchmark: str
@@ -94,6 +94,8 @@ class RunConfig:
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    token_budget: int = 8192
+    """Tokens of a forward pass at most, padding included."""
     lease_records: int = 8
     """Records that a worker takes at a time, and loses at most."""
     workers: RunSettings = field(default_factory=RunSettings)
@@ -177,7 +179,7 @@ def difference(old: Any, new: Any, key: str = "") -> list[str]:
 def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the run's manifest keeps it: JSON values, without what changes no result."""
     data = asdict(config)
-    del data["workers"]
+    del data["workers"], data["token_budget"]
     plain_data: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(data)))
     return plain_data
 

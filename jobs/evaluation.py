@@ -89,8 +89,8 @@ class EvaluationTask:
         now = self.model.fingerprint()
         if now != self.fingerprint:
             raise RuntimeError(
-                f"the weights must be what they were at the start after each lease: their hash "
-                f"was {self.fingerprint[:16]} and is {now[:16]}; the edits were not reverted exactly"
+                "after each lease the weights must be what they were at the start: their hash was "
+                f"{self.fingerprint[:16]} and is {now[:16]}; an edit was not reverted exactly"
             )
 
     def run(self, lease: Lease) -> pa.Table:
@@ -105,6 +105,7 @@ class EvaluationTask:
             records.from_table(chosen),
             evaluation.config.scoring,
             self.references,
+            evaluation.config.token_budget,
         )
         worker = f"{socket.gethostname()}:{os.getpid()}"
         return _table(
@@ -129,7 +130,9 @@ class EvaluationTask:
 
     def _editor(self, name: str) -> Editor:
         kind, settings = self.evaluation.config.editor(name)
-        resources = Resources(self.model, self.evaluation.templates, self.solver)
+        resources = Resources(
+            self.model, self.evaluation.templates, self.solver, self.evaluation.config.token_budget
+        )
         return EDITORS[kind].build(resources, settings)
 
 

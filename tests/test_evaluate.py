@@ -1,0 +1,212 @@
+"""jobs.evaluate as a user runs it: a tiny model, real records, real Ray, and things that die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import tiny
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a tiny GPT-2 in float64, its run file, and a store of twelve records."""
+    folder = tmp_path_factory.mktemp("workspace")
+    model = tiny.model("gpt2")
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    config = {
+        "name": "tiny",
+        "model": {
+            "name": "tiny-gpt2",
+            "source": str(folder / "model"),
+            "dtype": "float64",
+            "second_moment": {"corpus": "self", "tokens": 2000},
+            "editors": {"rome": {"layer": 1, "value": {"steps": 3}}},
+        },
+        "benchmark": str(folder / "records"),
+        "editors": {"none": {}, "rome": {}},
+        "scoring": {"generation": {"max_tokens": 90}},
+        "lease_records": 3,
+        "workers": {"num_cpus": 0.5, "workers": 2},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "jobs.prepare", "everyday", "--out", str(folder / "records")]
+    subprocess.run([*command, "--limit", "12", "--shard-rows", "7"], cwd=ROOT, check=True)
+    return folder
+
+
+def start(workspace: Path, out: Path, ray_address: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.evaluate", str(workspace / "tiny.yaml")]
+    command += ["--out", str(out)]
+    for override in overrides:
+        command += ["--set", override]
+    environment = os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
+    )
+
+
+def evaluate(workspace: Path, out: Path, ray_address: str, *overrides: str) -> tuple[int, str]:
+    process = start(workspace, out, ray_address, *overrides)
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout + stderr
+
+
+def rows(out: Path) -> pl.DataFrame:
+    """All rows of a run by editor and case; a row that is there twice fails the test."""
+    frame = pl.read_parquet(out / "results/**/*.parquet", hive_partitioning=True)
+    assert not frame.select("editor", "case_id").is_duplicated().any()
+    return frame.sort("editor", "case_id")
+
+
+def numbers(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """What must not depend on who computed it or when."""
+    return frame.drop("worker", pl.selectors.starts_with("seconds_")).to_dicts()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == pytest.approx(b, rel=1e-6, abs=1e-9)) if isinstance(a, float) else a == b
+
+
+@pytest.fixture(scope="module")
+def reference(workspace: Path, ray_address: str) -> Path:
+    """A whole run by two workers."""
+    out = workspace / "runs" / "reference"
+    status, text = evaluate(workspace, out, ray_address)
+    assert status == 0, text
+    return out
+
+
+def test_every_record_has_its_row_under_every_editor(reference: Path, workspace: Path) -> None:
+    frame = rows(reference)
+    assert frame.height == 24
+    assert frame["status"].unique().to_list() == ["ok"]
+    assert frame["neighborhood_nll_true"].list.len().unique().to_list() == [10]
+    assert (frame.filter(editor="none")["edit_steps"].is_null()).all()
+    assert (frame.filter(editor="rome")["edit_steps"] == 3).all()
+    assert (frame["GE"] > 0).all()
+    # An edit of a random model still moves its own prompt the most.
+    before, after = (
+        frame.filter(editor=e)["rewrite_nll_new"].list.first() for e in ("none", "rome")
+    )
+    assert (after < before).all()
+    manifest = json.loads((reference / "manifest.json").read_text())
+    assert manifest["context_templates"][0] == "{}"
+    assert len(manifest["context_templates"]) == 21
+    assert manifest["records"] == 12
+    assert "unedited" in (reference / "table.md").read_text()
+
+
+def test_same_numbers_whatever_the_workers_leases_and_batches(
+    reference: Path, workspace: Path, ray_address: str
+) -> None:
+    out = workspace / "runs" / "other"
+    overrides = ["workers.workers=1", "lease_records=5", "token_budget=400"]
+    status, text = evaluate(workspace, out, ray_address, *overrides)
+    assert status == 0, text
+    for one, other in zip(numbers(rows(reference)), numbers(rows(out)), strict=True):
+        assert same(one, other), (one, other)
+
+
+def test_the_same_line_again_does_nothing_in_seconds(
+    reference: Path, workspace: Path, ray_address: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference.glob("results/**/*.parquet")}
+    began = time.monotonic()
+    status, text = evaluate(workspace, reference, ray_address)
+    assert (status, time.monotonic() - began < 20) == (0, True), text
+    assert "unedited" in text
+    assert before == {p: p.stat().st_mtime_ns for p in reference.glob("results/**/*.parquet")}
+
+
+def test_another_config_on_a_run_is_refused_with_the_difference(
+    reference: Path, workspace: Path, ray_address: str
+) -> None:
+    status, text = evaluate(workspace, reference, ray_address, "editors.rome.value.steps=4")
+    assert status == 1
+    assert "config.editors.rome.value: None there, {'steps': 4} now" in text
+    assert "--out" in text
+
+
+def test_killed_worker_and_killed_driver_lose_and_duplicate_nothing(
+    reference: Path, workspace: Path, ray_address: str
+) -> None:
+    out = workspace / "runs" / "killed"
+    process = start(workspace, out, ray_address, "lease_records=1")
+    _wait_for_parts(out, 2)
+    worker = rows(out)["worker"][0]
+    os.kill(int(worker.rpartition(":")[2]), signal.SIGKILL)
+    _wait_for_parts(out, 6)
+    process.kill()
+    process.communicate()
+    done = set(out.glob("results/**/*.parquet"))
+    assert len(done) < 24
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    status, text = evaluate(workspace, out, ray_address, "lease_records=1")
+    assert status == 0, text
+    assert stamps == {path: path.stat().st_mtime_ns for path in done}
+    frame = rows(out)
+    assert frame.height == 24
+    for one, other in zip(numbers(rows(reference)), numbers(frame), strict=True):
+        assert same({**one, "attempts": 0}, {**other, "attempts": 0})
+
+
+def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
+    workspace: Path, ray_address: str, tmp_path: Path
+) -> None:
+    fact = {
+        "case_id": 0,
+        "requested_rewrite": {
+            "prompt": "{} is in",
+            "subject": "Paris",
+            "target_new": {"str": "Italy", "id": None},
+            "target_true": {"str": "France", "id": None},
+            "relation_id": "P17",
+        },
+        "paraphrase_prompts": ["Where is Paris? In"],
+        "neighborhood_prompts": ["Lyon is in"],
+        "attribute_prompts": [],
+        "generation_prompts": ["Paris is"],
+    }
+    # Longer than the 128 positions that the model has.
+    long = fact | {"case_id": 1, "paraphrase_prompts": ["In 1890 it was. " * 60 + "Paris is in"]}
+    (tmp_path / "facts.json").write_text(json.dumps([fact, long, fact | {"case_id": 2}]))
+    store = tmp_path / "records"
+    command = [sys.executable, "-m", "jobs.prepare", str(tmp_path / "facts.json"), "--out"]
+    subprocess.run([*command, str(store)], cwd=ROOT, check=True)
+    status, text = evaluate(workspace, tmp_path / "run", ray_address, f"benchmark={store}")
+    assert status == 3, text
+    frame = rows(tmp_path / "run")
+    assert frame.filter(case_id=1)["status"].to_list() == ["error", "error"]
+    assert frame.filter(pl.col("case_id") != 1)["status"].to_list() == ["ok"] * 4
+    assert "case 1" in text
+    assert "128 positions" in frame.filter(case_id=1)["error"][0]
+
+
+def test_a_mistyped_key_names_the_right_one(workspace: Path, ray_address: str) -> None:
+    status, text = evaluate(workspace, workspace / "runs/x", ray_address, "editors.rome.kyes=mean")
+    assert status == 1
+    assert "'kyes'; did you mean 'keys'?" in text
+    assert not (workspace / "runs/x").exists()
+
+
+def _wait_for_parts(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("results/**/part-*.parquet"))) < count:
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.02)
