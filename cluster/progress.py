@@ -87,7 +87,7 @@ class Progress:
         rate = self._rate.per_second(now)
         left = _clock((self._total - self._done) / rate) if rate else "?"
         return (
-            f"{self._done}/{self._total}, {rate:.2f} records/s, "
+            f"{self._done}/{self._total}, {rate:.2f} rows/s, "
             f"{_clock(now - self._started)} elapsed, {left} left, "
             f"{self._workers[0]}/{self._workers[1]} workers, {self._dead} dead"
         )

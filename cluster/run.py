@@ -22,7 +22,7 @@ from cluster.queue import Grid, Lease, LeaseTable
 from cluster.store import Store
 from cluster.worker import Task, Worker
 
-__all__ = ["LockedError", "Outcome", "RunError", "RunSettings", "ensure_ray", "run"]
+__all__ = ["LockedError", "Outcome", "RunError", "RunSettings", "ensure_ray", "once", "run"]
 
 DeadRow = Callable[[Lease, str, int], pa.Table]
 """Makes the one row of a dead letter from its lease of one record, the error, and the attempts."""
@@ -89,7 +89,7 @@ def run(
         if not table.finished:
             ensure_ray()
             with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
-                actor = _actor(settings)
+                actor = ray.remote(Worker).options(max_restarts=0, **_resources(settings))
                 limits = (settings.record_seconds, settings.boot_seconds)
                 driver = Driver(
                     table,
@@ -114,18 +114,22 @@ def run(
         )
 
 
-def _actor(settings: RunSettings) -> Any:
-    """The class of the actor with its resources, ready for `.remote(...)`."""
+def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
+    """What a function answers where a worker of these settings would run. Raises RayError."""
+    ensure_ray()
+    return ray.get(ray.remote(function).options(**_resources(settings)).remote(*args))
+
+
+def _resources(settings: RunSettings) -> dict[str, Any]:
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # Idle threads that spin slow their neighbours.
     if not settings.num_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # num_gpus=0 alone hides none.
-    return ray.remote(Worker).options(
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_gpus,
-        max_restarts=0,
-        scheduling_strategy="SPREAD",
-        runtime_env={"env_vars": environment},
-    )
+    return {
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": environment},
+    }
 
 
 @contextmanager

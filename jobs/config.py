@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from cluster.run import RunSettings
 from jobs.sources import ROOT
@@ -34,9 +34,9 @@ class CorpusConfig:
     corpus: str = "self"
     """`self` (text sampled from the model), a .txt file with a passage a line, a Parquet file with
     a column `text`, or a `datasets` id (`NAME:CONFIG:SPLIT:COLUMN`, the last three optional)."""
-    tokens: int = 100_000
+    tokens: PositiveInt = 100_000
     """Tokens at least, unless the corpus ends before."""
-    passage_tokens: int = 512
+    passage_tokens: PositiveInt = 512
     """Longer passages are cut."""
     file: str | None = None
     """A ready second moment to use instead, `{layer}` in its name standing for the layer:
@@ -62,7 +62,7 @@ class ModelConfig:
 class SliceConfig:
     """Which records of the store are used; all by default."""
 
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """The first so many."""
     case_id_below: int | None = None
     """The paper's slices: 7500 for GPT-2, 2000 for GPT-J."""
@@ -94,9 +94,9 @@ class RunConfig:
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
-    token_budget: int = 8192
+    token_budget: PositiveInt = 8192
     """Tokens of a forward pass at most, padding included."""
-    lease_records: int = 8
+    lease_records: PositiveInt = 8
     """Records that a worker takes at a time, and loses at most."""
     workers: RunSettings = field(default_factory=RunSettings)
 
@@ -247,5 +247,8 @@ def _keys(kind: type, path: Sequence[str]) -> list[str]:
 def _unknown(what: str, name: str, known: Any) -> str:
     names = sorted(str(k) for k in known)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
-    return f"unknown {what} '{name}'; {hint}"
+    if close:
+        return f"unknown {what} '{name}'; did you mean '{close[0]}'?"
+    return f"unknown {what} '{name}'; " + (
+        f"known: {', '.join(names)}" if names else "none is known"
+    )

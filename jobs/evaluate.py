@@ -13,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
 from ray.exceptions import RayError
 
 from cluster.lock import LockedError
-from cluster.run import RunError, ensure_ray, run
+from cluster.run import RunError, once, run
 from cluster.store import Store
 from jobs import config as configs
 from jobs import second_moment
@@ -102,13 +101,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
             )
         return there
     files = second_moment.ensure(config)
-    ensure_ray()
-    workers = config.workers
-    facts = ray.get(
-        ray.remote(model_facts)
-        .options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
-        .remote(config)
-    )
+    facts = once(model_facts, config, settings=config.workers)
     manifest = {
         "name": config.name,
         **now,

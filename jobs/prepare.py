@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from sklearn.feature_extraction.text import TfidfVectorizer
 from typer.core import TyperGroup
 
 from cluster.store import Store
 from jobs import sources
 from rome.facts import ReferenceText
 from rome.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
+from rome.scoring.text_metrics import fit_tfidf
 
 SCHEMA_VERSION = 1
 SHARD_ROWS = 512
@@ -100,14 +100,8 @@ def _write(
         rows = [asdict(text) for text in texts]
         table = pa.Table.from_pylist(rows, schema=REFERENCE_TEXT_SCHEMA)
         store.write_table("reference_texts.parquet", table)
-        store.write_table("reference_tfidf.parquet", _tfidf(texts))
+        store.write_table("reference_tfidf.parquet", fit_tfidf([text.text for text in texts]))
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def _tfidf(texts: Iterable[ReferenceText]) -> pa.Table:
-    """Terms in the order of their features, and idf fitted on all texts (scikit-learn defaults)."""
-    vectorizer = TfidfVectorizer().fit(text.text for text in texts)
-    return pa.table({"term": list(vectorizer.get_feature_names_out()), "idf": vectorizer.idf_})
 
 
 def _fingerprint(records: Iterable[Record], texts: Iterable[ReferenceText]) -> str:

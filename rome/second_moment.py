@@ -3,7 +3,7 @@
 Section 3.1 and Appendix E of the ROME paper; `rome/layer_stats.py` in its code. A key is the input
 of an MLP's down-projection at one token.
 
-Shapes: T tokens, E edits, K key size.
+Shapes: B texts, T tokens, E edits, K key size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rome import prompts
+from rome.models import EditableModel
 
 
 class UnsolvableError(ValueError):
@@ -69,6 +72,63 @@ class SecondMoment:
         digest = hashlib.sha256(f"{self.count} {tuple(self.sum_KK.shape)} ".encode())
         digest.update(self.sum_KK.cpu().contiguous().numpy().data.cast("B"))
         return digest.hexdigest()
+
+
+# Another batch would round the sums otherwise, so that this is no setting.
+_BATCH_TOKENS = 8192
+
+
+@torch.no_grad()
+def accumulate(
+    model: EditableModel, layers: Sequence[int], texts: Sequence[Sequence[int]]
+) -> dict[int, SecondMoment]:
+    """The second moment of each layer over every token of the texts, which are token ids.
+
+    One forward pass for all layers, as far as the last of them. Raises ValueError where a key is
+    not finite, or the model has no such layer.
+    """
+    moments = {layer: SecondMoment.zeros(key_size(model, layer), model.device) for layer in layers}
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        model.down_projection(layer).register_forward_pre_hook(
+            lambda _, args, layer=layer: seen.update({layer: args[0]})
+        )
+        for layer in layers
+    ]
+    base = model.up_to(max(layers))
+    try:
+        for rows in _batches(texts):
+            batch = prompts.pad(rows, model.device)
+            base(
+                input_ids=batch.ids_BT,
+                attention_mask=batch.mask_BT,
+                position_ids=batch.positions_BT,
+                use_cache=False,
+            )
+            for layer, moment in moments.items():
+                moment.add(seen[layer][batch.mask_BT.bool()])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return moments
+
+
+def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Texts of similar length, as many as fit with their padding."""
+    batch: list[Sequence[int]] = []
+    for text in sorted(texts, key=len):
+        if batch and (len(batch) + 1) * len(text) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
+
+
+def key_size(model: EditableModel, layer: int) -> int:
+    """Number of inputs of a layer's down-projection. Raises ValueError where there is no layer."""
+    weight = model.down_projection(layer).get_parameter("weight")
+    return weight.shape[0 if model.family.transposed else 1]
 
 
 def merge(parts: Iterable[SecondMoment]) -> SecondMoment:

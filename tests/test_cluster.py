@@ -207,7 +207,7 @@ def test_a_killed_driver_is_refused_no_second_and_resumed(tmp_path: Path, ray_ad
     with driver_process(tmp_path, ray_address) as second:
         output, errors = second.communicate(timeout=90)
     assert output.split() == [str(2 * len(CASES)), str(2 * len(CASES)), "0", "False"]
-    assert "records/s" in errors
+    assert "rows/s" in errors
     for group in GROUPS:
         assert {i: row["square"] for i, row in rows(tmp_path, group).items()} == squares(CASES)
     assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -1,8 +1,8 @@
 """`ray job submit` of the embedded default against a head started as the README says."""
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +45,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}"]
     command += ["--object-store-memory=100000000"]
     log = (tmp_path / "head.log").open("w")
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-    )
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{dashboard}"
         deadline = time.monotonic() + 60
@@ -56,7 +55,11 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             time.sleep(0.5)
         yield address, environment
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait(30)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +95,7 @@ def test_the_embedded_default_runs_as_a_job_and_its_logs_show_progress(
     done = subprocess.run(job, env=environment, cwd=ROOT, capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
-    assert "records/s" in log
+    assert "rows/s" in log
     assert " left, " in log
     assert "unedited" in log
     rows = pl.read_parquet(tmp_path / "run/results/**/*.parquet", hive_partitioning=True)

@@ -1,0 +1,296 @@
+"""python -m jobs.second_moment CONFIG [--set key=value ...]
+
+C = E[k k^T] of every layer that a run's editors need, sharded over the cluster. Layers whose C is
+there already cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import torch
+import typer
+from ray.exceptions import RayError
+from torch import Tensor
+
+from cluster.lock import LockedError
+from cluster.queue import Grid, Lease
+from cluster.run import RunError, run
+from cluster.store import Store
+from jobs import config as configs
+from jobs import corpus as corpora
+from jobs.config import ConfigError, ModelConfig, RunConfig
+from jobs.corpus import Corpus
+from jobs.pinned import load_model
+from rome import models
+from rome.editors import EDITORS
+from rome.models import EditableModel
+from rome.second_moment import (
+    Origin,
+    SecondMoment,
+    Solver,
+    UnsolvableError,
+    accumulate,
+    import_npz,
+    key_size,
+    load,
+    merge,
+    save,
+)
+
+_GROUP = "parts"
+# The limit of a record, which workers have by default, does not fit thousands of texts.
+_CHUNK_SECONDS = 3600.0
+
+
+def ensure(config: RunConfig) -> dict[int, str]:
+    """The second moment of each layer that the run's editors need: layer -> safetensors file.
+
+    What is not there is computed, in one pass over the corpus for all layers; an interrupted pass
+    goes on where it was. Raises UnsolvableError where the corpus has too few tokens, ValueError
+    where the corpus or a given file cannot be used, RunError and LockedError as `cluster.run.run`.
+    """
+    editors = [config.editor(name) for name in config.editors]
+    layers = sorted(
+        {n for kind, settings in editors for n in EDITORS[kind].second_moments(settings)}
+    )
+    if not layers:
+        return {}
+    folder = configs.workspace() / "second_moments" / quote(config.model.name, safe="")
+    if config.model.second_moment.file is not None:
+        outline = models.outline(config.model.source, config.model.name)
+        return {n: str(_given(config.model, outline, n, folder)) for n in layers}
+    key = _key(config.model)
+    files = {n: folder / f"layer-{n}-{key}.safetensors" for n in layers}
+    if missing := {n: file for n, file in files.items() if not file.exists()}:
+        _compute(config, missing, key)
+    return {n: str(file) for n, file in files.items()}
+
+
+def _key(model: ModelConfig) -> str:
+    """Short hash of what decides a second moment, but for the layer."""
+    decides = {
+        "source": model.source,
+        "dtype": model.dtype,
+        **corpora.identity(model.second_moment),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) -> Path:
+    """The file that the config names, checked; a .npz becomes a safetensors file in `folder`."""
+    path = Path(str(config.second_moment.file).replace("{layer}", str(layer)))
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; model.second_moment.file must name a second moment of layer "
+            f"{layer}, or be null to compute one from model.second_moment.corpus"
+        )
+    if path.suffix != ".npz":
+        moment, origin = load(path)
+        _check(path, moment, origin, model, layer)
+        return path
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    imported = folder / f"layer-{layer}-{digest[:12]}.safetensors"
+    if not imported.exists():
+        moment = import_npz(path)
+        _check(path, moment, None, model, layer)
+        origin = Origin(
+            model=config.name,
+            model_fingerprint="not recorded",
+            layer=layer,
+            weight=model.weight_name(layer),
+            corpus=path.name,
+            corpus_fingerprint=digest,
+        )
+        save(imported, moment, origin)
+    return imported
+
+
+def _check(
+    path: Path, moment: SecondMoment, origin: Origin | None, model: EditableModel, layer: int
+) -> None:
+    expected, size = key_size(model, layer), len(moment.sum_KK)
+    if size != expected:
+        raise ValueError(
+            f"{path} must be over the {expected} key dimensions of layer {layer} of {model.name}, "
+            f"got {size}: it is of another model"
+        )
+    if not moment.sum_KK.isfinite().all():
+        raise ValueError(f"{path} must be finite, but holds infinities or NaN: compute it again")
+    if origin is not None and origin.weight != model.weight_name(layer):
+        raise ValueError(
+            f"{path} must be of {model.weight_name(layer)}, but is of {origin.weight}; write "
+            "{layer} where its name has the layer"
+        )
+
+
+def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
+    """Compute the second moments of some layers and write their files."""
+    layers = tuple(files)
+    outline = models.outline(config.model.source, config.model.name)
+    for layer in layers:
+        outline.down_projection(layer)  # Raises before any work where there is no such layer.
+    folder = next(iter(files.values())).parent
+    parts = Store(folder / f"unfinished-{'-'.join(map(str, layers))}-{key}")
+    corpus = corpora.prepare(config.model.second_moment, outline, parts)
+    grid = Grid((tuple(range(corpus.chunks)),), rows=1)
+    settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
+    _say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
+    make_task = partial(MomentTask, config.model, layers, corpus, grid)
+    outcome = run(parts, [_GROUP], grid, make_task, _dead_row, settings)
+    if outcome.stopped:
+        raise RunError(f"stopped: {outcome.done} of {outcome.total} chunks; run it again to go on")
+    if outcome.dead:
+        _, chunk, error = outcome.dead[0]
+        raise RunError(
+            f"{len(outcome.dead)} of {outcome.total} chunks of the corpus failed, the first is "
+            f"{chunk}: {error}. The same command tries them again."
+        )
+    try:
+        for layer, file in files.items():
+            moment, model_fingerprint = _merged(parts, grid, layer)
+            condition = _condition_number(moment, config.model, layer)
+            origin = Origin(
+                model=config.model.name,
+                model_fingerprint=model_fingerprint,
+                layer=layer,
+                weight=outline.weight_name(layer),
+                corpus=config.model.second_moment.corpus,
+                corpus_fingerprint=corpus.fingerprint,
+            )
+            save(file, moment, origin)
+            _say(
+                f"layer {layer}: {moment.count:,} tokens, condition number {condition:.3g}, "
+                f"{outcome.seconds:.0f} s: {file}"
+            )
+    except UnsolvableError:
+        shutil.rmtree(parts.uri)  # More tokens are another corpus; nothing here would be used.
+        raise
+    shutil.rmtree(parts.uri)
+
+
+def _condition_number(moment: SecondMoment, config: ModelConfig, layer: int) -> float:
+    try:
+        return Solver(moment).condition_number
+    except UnsolvableError as error:
+        corpus = config.second_moment
+        raise UnsolvableError(
+            f"layer {layer} of {config.name}, corpus {corpus.corpus}, "
+            f"model.second_moment.tokens={corpus.tokens}: {error}"
+        ) from error
+
+
+def _merged(parts: Store, grid: Grid, layer: int) -> tuple[SecondMoment, str]:
+    """The sum over all chunks in their order, and the fingerprint of the model that made them."""
+    fingerprints: set[str] = set()
+
+    def moments() -> Iterator[SecondMoment]:
+        for lease in grid.leases(_GROUP):
+            row = parts.read_table(lease.part, ["model_fingerprint", "count", _column(layer)])
+            fingerprints.update(row["model_fingerprint"].to_pylist())
+            (count,) = row["count"].to_pylist()
+            yield SecondMoment(_unpacked(row[_column(layer)][0].as_buffer()), count)
+
+    moment = merge(moments())
+    if len(fingerprints) > 1:
+        raise RunError(
+            f"the chunks must all be of one model, but were computed with {len(fingerprints)} "
+            f"different weights; delete {parts.uri} and run the same command again"
+        )
+    return moment, fingerprints.pop()
+
+
+class MomentTask:
+    """A pinned model that sums k k^T over chunks of a corpus."""
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[int], corpus: Corpus, grid: Grid
+    ) -> None:
+        self.model = load_model(config)
+        self.fingerprint = self.model.fingerprint()
+        self.layers, self.corpus, self.grid = layers, corpus, grid
+
+    def describe(self) -> dict[str, Any]:
+        return {"model_fingerprint": self.fingerprint}
+
+    def verify(self) -> None:
+        """Nothing here writes to a weight."""
+
+    def run(self, lease: Lease) -> pa.Table:
+        (chunk,) = self.grid.ids(lease)
+        moments = accumulate(self.model, self.layers, self.corpus.texts(self.model, chunk))
+        columns = {
+            "case_id": pa.array([chunk]),
+            "count": pa.array([next(iter(moments.values())).count]),
+            "model_fingerprint": pa.array([self.fingerprint]),
+        }
+        for layer, moment in moments.items():
+            columns[_column(layer)] = pa.array([_packed(moment.sum_KK)], pa.large_binary())
+        return pa.table(columns)
+
+
+def _column(layer: int) -> str:
+    return f"sum_{layer}"
+
+
+def _packed(sum_KK: Tensor) -> bytes:
+    """The lower triangle, row by row: the matrix is symmetric, and large."""
+    rows = sum_KK.cpu().numpy()
+    return np.concatenate([row[: i + 1] for i, row in enumerate(rows)]).tobytes()
+
+
+def _unpacked(data: pa.Buffer) -> Tensor:
+    flat = np.frombuffer(data, dtype=np.float64)
+    size = math.isqrt(2 * len(flat))
+    lower_KK = torch.zeros(size, size, dtype=torch.float64)
+    for i, row in enumerate(lower_KK.numpy()):
+        row[: i + 1] = flat[i * (i + 1) // 2 :][: i + 1]
+    return lower_KK + lower_KK.tril(-1).T
+
+
+def _dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
+    row = {"case_id": lease.start, "error": error, "attempts": attempts}
+    return pa.Table.from_pylist([row])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
+    ] = None,
+) -> None:
+    """Compute the second moments that a run needs; what is there already is not done again."""
+    try:
+        files = ensure(configs.load(config, overrides or []))
+    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
+        _say(f"error: {error}")
+        raise typer.Exit(1) from None
+    for layer, file in files.items():
+        print(f"{layer}\t{file}")
+    if not files:
+        _say("no editor of this run needs a second moment")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,205 @@
+"""Configs: those that ship, and what a user reads who mistypes one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import config as configs
+from jobs.config import ConfigError, RunConfig
+from jobs.sources import benchmarks
+from rome.editors.rome import RomeSettings
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
+RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+
+
+def names(path: Path) -> str:
+    return path.stem
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    run = {
+        "name": "test",
+        "model": "gpt2-xl",
+        "benchmark": "everyday",
+        "editors": {"none": {}, "rome": {}, "far": {"editor": "rome", "layer": 20}},
+    }
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes a run's file with some keys changed."""
+
+    def write(**keys: Any) -> Path:
+        run: dict[str, Any] = {
+            "name": "test",
+            "model": "gpt2-xl",
+            "benchmark": "everyday",
+            "editors": {"none": {}, "rome": {}},
+        }
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(run | keys))
+        return path
+
+    return write
+
+
+def rome(config: RunConfig, name: str = "rome") -> RomeSettings:
+    kind, settings = config.editor(name)
+    assert kind == "rome"
+    assert isinstance(settings, RomeSettings)
+    return settings
+
+
+@pytest.mark.parametrize("path", RUNS, ids=names)
+def test_every_run_loads(path: Path) -> None:
+    config = configs.load(path)
+    assert config.name == path.stem
+    assert config.benchmark in benchmarks()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_loads(model: str, run_file: Path) -> None:
+    config = configs.load(run_file, [f"model={model}"])
+    assert config.model.name == model
+    # Nothing of an editor is left to the defaults of another model.
+    assert {"layer", "value"} <= config.model.editors["rome"].keys()
+    assert len(config.model.editors["rome"]["value"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "clamp"),
+    [
+        ("gpt2-medium", 8, 3),
+        ("gpt2-large", 12, 4),
+        ("gpt2-xl", 17, 4),
+        ("gpt-j-6b", 5, 4),
+        ("smollm2-135m", 6, 4),
+    ],
+)
+def test_the_released_settings(model: str, layer: int, clamp: int, run_file: Path) -> None:
+    settings = rome(configs.load(run_file, [f"model={model}"]))
+    value = settings.value
+    assert (settings.layer, value.clamp) == (layer, clamp)
+    assert (value.steps, value.learning_rate) == (20, 0.5)
+    assert (value.weight_decay, value.kl_factor) == (0.5, 0.0625)
+    assert settings.second_moment
+
+
+def test_a_row_of_its_own_overrides_the_model(run_file: Path) -> None:
+    config = configs.load(run_file)
+    assert (rome(config).layer, rome(config, "far").layer) == (17, 20)
+    assert rome(config, "far").value == rome(config).value
+
+
+def test_set_reaches_into_editors_and_model(run_file: Path) -> None:
+    config = configs.load(
+        run_file,
+        [
+            "editors.rome.value.steps=5",
+            "editors.rome.keys=mean",
+            "model.second_moment.tokens=1_000",
+            "model.dtype=bfloat16",
+            "records.limit=100",
+            "workers.workers=3",
+        ],
+    )
+    assert (rome(config).value.steps, rome(config).keys) == (5, "mean")
+    assert rome(config).value.learning_rate == 0.5
+    assert rome(config, "far").value.steps == 20
+    assert (config.model.second_moment.tokens, config.model.dtype) == (1000, "bfloat16")
+    assert (config.records.limit, config.workers.workers) == (100, 3)
+
+
+def test_set_model_changes_the_model_before_its_keys(run_file: Path) -> None:
+    config = configs.load(run_file, ["model.dtype=float64", "model=gpt2-large"])
+    assert (config.model.name, config.model.dtype) == ("gpt2-large", "float64")
+    assert rome(config).layer == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "lease_record=4",
+            "lease_record: unknown key 'lease_record'; did you mean 'lease_records'?",
+        ),
+        ("records.limits=4", "records.limits: unknown key 'limits'; did you mean 'limit'?"),
+        ("model.dtpe=float32", "model.dtpe: unknown key 'dtpe'; did you mean 'dtype'?"),
+        ("model.second_moment.token=4", "unknown key 'token'; did you mean 'tokens'?"),
+        ("scoring.generation.topk=4", "generation.topk: unknown key 'topk'; did you mean 'top_k'?"),
+        ("workers.num_gpu=1", "workers.num_gpu: unknown key 'num_gpu'; did you mean 'num_gpus'?"),
+        (
+            "editors.rome.layers=4",
+            "editors.rome.layers: unknown key 'layers'; did you mean 'layer'?",
+        ),
+        ("editors.rome.value.step=4", "rome.value.step: unknown key 'step'; did you mean 'steps'?"),
+        ("editors.none.layer=1", "editors.none.layer: unknown key 'layer'"),
+        ("editors.rme={}", "editors.rme: unknown editor 'rme'; did you mean 'rome'?"),
+        ("editors.x={editor: roma}", "editors.x: unknown editor 'roma'; did you mean 'rome'?"),
+        ("model.editors.rme={}", "model.editors: unknown editor 'rme'; did you mean 'rome'?"),
+        ("model.editors.rome.layr=1", "model.editors.rome.layr: unknown key 'layr'; did you mean"),
+        ("model=gpt2-xxl", "unknown model 'gpt2-xxl'; did you mean 'gpt2-xl'?"),
+        ("records.limit=many", "records.limit: Input should be a valid integer"),
+        ("records.limit.x=1", "records.limit: Input should be a valid integer, got {'x': 1}"),
+        ("model.dtype=float16", "model.dtype: Input should be 'float64', 'float32' or 'bfloat16'"),
+        ("editors.rome.value.steps=soon", "editors.rome.value.steps: Input should be a valid int"),
+        ("editors.rome.keys=some", "keys: Input should be 'mixed', 'mean' or 'prompt', got 'some'"),
+        ("name.x=1", "--set name.x: 'name' is 'test' and has no keys"),
+        ("lease_records", "--set takes key=value, got 'lease_records'"),
+        ("editors={}", "editors must name at least one editor"),
+    ],
+)
+def test_a_wrong_key_names_itself_and_the_right_one(
+    run_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configs.load(run_file, [override])
+
+
+def test_all_that_is_wrong_is_said_at_once(write: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(write(lease_record=1, records={"limit": "x"}))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert all("changed.yaml: " in line for line in lines)
+
+
+def test_a_file_that_is_no_config(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / "bad.yaml"
+    with pytest.raises(ConfigError, match=r"bad\.yaml: cannot be read: No such file"):
+        configs.load(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="must be a mapping, got list"):
+        configs.load(path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        configs.load(path)
+    path.write_text(yaml.safe_dump({"name": "x", "model": "gpt2-xl", "benchmark": "everyday"}))
+    with pytest.raises(ConfigError, match=r"bad\.yaml: editors: "):
+        configs.load(path)
+
+
+def test_a_model_may_be_a_file_or_stand_in_the_run(write: Any, tmp_path: Path) -> None:
+    model = {"name": "mine", "source": "folder", "dtype": "float32", "editors": {"rome": {}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(model))
+    for given in (model, str(tmp_path / "mine.yaml")):
+        config = configs.load(write(model=given))
+        assert (config.model.name, config.model.second_moment.corpus) == ("mine", "self")
+
+
+def test_difference_names_each_key_that_differs(run_file: Path) -> None:
+    old = configs.plain(configs.load(run_file))
+    new = configs.plain(configs.load(run_file, ["editors.rome.layer=9", "workers.workers=7"]))
+    assert configs.difference(old, old) == []
+    assert configs.difference(old, new) == ["editors.rome.layer: None there, 9 now"]
