@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rome import attention
 from rome.prompts import Encoded, encode
 
 
@@ -77,6 +78,8 @@ class EditableModel:
                 f"offsets), got {type(tokenizer).__name__}; convert it with transformers"
             )
         self.hf = hf.eval().requires_grad_(False)
+        if hf.device.type == "cpu" and hf._supports_attention_backend:
+            hf.set_attn_implementation(attention.NAME)
         self.tokenizer = tokenizer
         self.name = name
 
@@ -225,18 +228,11 @@ def checksum(tensor: Tensor) -> int:
 _CHECKSUM_CHUNK = 1 << 22
 
 
-def load(
-    source: str,
-    dtype: str,
-    device: str = "cpu",
-    name: str | None = None,
-    attention: str | None = None,
-) -> EditableModel:
+def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) -> EditableModel:
     """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
 
     `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
     installed package). `dtype`: float64, float32 or bfloat16, never chosen by the checkpoint.
-    `attention`: an implementation of transformers; None takes sdpa where the family has it.
     Weights are memory-mapped from safetensors, so workers on one node share their pages.
     Raises UnsupportedModelError, or ValueError for an unknown dtype or a missing file.
     """
@@ -246,7 +242,6 @@ def load(
     hf: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=DTYPES[dtype],
-        attn_implementation=attention,
         trust_remote_code=False,
         use_safetensors=True,
     )

@@ -146,3 +146,17 @@ def test_the_packaged_model_splits_digits_and_knows_its_start() -> None:
     ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]])
     best = model.hf(ids).logits[0, -1].argmax()
     assert model.tokenizer.decode(best) == " Paris"
+
+
+def test_weights_are_mapped_from_the_file_and_private_to_the_process(tmp_path: Path) -> None:
+    made = tiny.model("llama", "float32")
+    made.hf.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    before = made.fingerprint()
+    loaded = models.load(str(tmp_path), "float32")
+    # Pages of a mapped file are shared by all processes of a node that map it.
+    assert str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
+    with torch.no_grad():
+        loaded.hf.get_parameter(loaded.weight_name(1)).add_(1)
+    assert loaded.fingerprint() != before
+    assert models.load(str(tmp_path), "float32").fingerprint() == before

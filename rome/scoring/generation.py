@@ -6,12 +6,14 @@ Legend: B rows, T tokens, D hidden size, V vocabulary, k candidates.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rome import prompts
 from rome.deltas import Edit, applied
@@ -66,44 +68,95 @@ def generate(
 
 
 def _batches(rows: Sequence[Start], size: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, `size` at a time."""
+    """Indices of rows by length, the shortest first, `size` at a time."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     return (order[i : i + size] for i in range(0, len(order), size))
+
+
+class _Growing(DynamicLayer):
+    """A layer's cache with room for all tokens to come, of which none is copied again."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        B, H, self.used, _ = keys.shape
+        self.room_keys = keys.new_empty(B, H, length, keys.shape[3])
+        self.room_values = values.new_empty(B, H, length, values.shape[3])
+        self.room_keys[:, :, : self.used] = keys
+        self.room_values[:, :, : self.used] = values
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        before, self.used = self.used, self.used + key_states.shape[2]
+        # Rows at the end have left: theirs is the only room that is not written.
+        n = len(key_states)
+        self.room_keys[:n, :, before : self.used] = key_states
+        self.room_values[:n, :, before : self.used] = value_states
+        return self.room_keys[:n, :, : self.used], self.room_values[:n, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used
 
 
 @torch.inference_mode()
 def _generate(
     rows: Sequence[Start], model: EditableModel, edits: Sequence[Edit], settings: GenerationSettings
 ) -> list[list[int]]:
-    longest = max(len(row.ids) for row in rows)
-    # Prompts end in one column, so each step appends one column to one cache.
-    batch = prompts.pad([row.ids for row in rows], model.device, [len(row.ids) for row in rows])
-    last_position = max(longest, settings.max_tokens) - 1
-    steps = max(settings.max_tokens - min(len(row.ids) for row in rows), 0)
+    """`rows` come with the shortest first, so that those which are complete first are the last."""
+    lengths = [len(row.ids) for row in rows]
+    # Prompts end in one column, so each step fills one column of one cache.
+    batch = prompts.pad([row.ids for row in rows], model.device, lengths)
+    steps = max(settings.max_tokens - lengths[0], 0)
+    column = lengths[-1]
+    ids_BT = torch.nn.functional.pad(batch.ids_BT, (0, steps))
+    mask_BT = torch.nn.functional.pad(batch.mask_BT, (0, steps), value=1)
+    position_B1 = batch.positions_BT[:, -1:]
     draws_BT = torch.stack([_draws(settings, row.key) for row in rows]).to(model.device)
-    ids_BT, mask_BT = batch.ids_BT, batch.mask_BT
-    new_BT, positions_BT = ids_BT, batch.positions_BT
-    cache = DynamicCache()
-    with applied(model, [edits[row.edit] for row in rows]):
-        for _ in range(steps):
-            hidden_BTD = model.base(
-                input_ids=new_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            # Each row takes the draw of its own position, however many prompts are longer.
-            # A text that is complete goes on unread, and must not leave the model's positions.
-            positions_BT = (positions_BT[:, -1:] + 1).clamp(max=last_position)
-            draw_B1 = draws_BT.gather(1, positions_BT.clamp(max=settings.max_tokens - 1))
-            new_BT = _sample(model.logits(hidden_BTD[:, -1]), settings.top_k, draw_B1)
-            ids_BT = torch.cat([ids_BT, new_BT], dim=1)
-            mask_BT = torch.cat([mask_BT, torch.ones_like(new_BT)], dim=1)
+    logits_BV, cache = _prefill(rows, model, edits, column + steps)
+    for length in sorted(set(lengths), reverse=True):
+        n = bisect_right(lengths, length)
+        logits_BV, position_B1 = logits_BV[:n], position_B1[:n]
+        with applied(model, [edits[row.edit] for row in rows[:n]]):
+            while column < lengths[-1] + settings.max_tokens - length:
+                position_B1 = position_B1 + 1
+                draw_B1 = draws_BT[:n].gather(1, position_B1)
+                ids_BT[:n, column] = _sample(logits_BV, settings.top_k, draw_B1).squeeze(1)
+                column += 1
+                hidden_B1D = model.base(
+                    input_ids=ids_BT[:n, column - 1 : column],
+                    attention_mask=mask_BT[:n, :column],
+                    position_ids=position_B1,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+                logits_BV = model.logits(hidden_B1D[:, 0])
+    ends = (lengths[-1] + max(settings.max_tokens - length, 0) for length in lengths)
     return [
-        ids_BT[b, longest - len(row.ids) :][: max(settings.max_tokens, len(row.ids))].tolist()
-        for b, row in enumerate(rows)
+        ids_BT[b, lengths[-1] - len(row.ids) : end].tolist()
+        for b, (row, end) in enumerate(zip(rows, ends, strict=True))
     ]
+
+
+def _prefill(
+    rows: Sequence[Start], model: EditableModel, edits: Sequence[Edit], length: int
+) -> tuple[Tensor, Cache]:
+    """Logits [B, V] after each prompt, and the cache; equal prompts under one edit run once."""
+    place: dict[tuple[int, tuple[int, ...]], int] = {}
+    place_B = [place.setdefault((row.edit, tuple(row.ids)), len(place)) for row in rows]
+    distinct = list(place)
+    prompt_ids = [ids for _, ids in distinct]
+    batch = prompts.pad(prompt_ids, model.device, [len(ids) for ids in prompt_ids])
+    cache = DynamicCache()
+    cached: list[Any] = cache.layers
+    with applied(model, [edits[edit] for edit, _ in distinct]):
+        hidden_BTD = model.base(
+            input_ids=batch.ids_BT,
+            attention_mask=batch.mask_BT,
+            position_ids=batch.positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    grown: list[Any] = [_Growing(kv.keys[place_B], kv.values[place_B], length) for kv in cached]
+    return model.logits(hidden_BTD[:, -1])[place_B], Cache(layers=grown)
 
 
 def _draws(settings: GenerationSettings, key: tuple[int, ...]) -> Tensor:
