@@ -10,7 +10,6 @@ import json
 import sys
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +21,14 @@ from cluster.store import Store
 from jobs import config as configs
 from jobs import second_moment
 from jobs.config import ConfigError, RunConfig
-from jobs.evaluation import Evaluation, EvaluationTask, grid_of, group_of, model_facts
+from jobs.evaluation import (
+    Evaluation,
+    EvaluationTask,
+    file_sha256,
+    grid_of,
+    group_of,
+    model_facts,
+)
 from jobs.prepare import MANIFEST, prepare
 from jobs.reduce import reduce, show
 from jobs.sources import ROOT, benchmarks
@@ -47,7 +53,7 @@ def evaluate(config: RunConfig, out: str) -> int:
         records=records,
         grid=grid_of(records, config.records, config.lease_records),
         templates=tuple(manifest["context_templates"]),
-        second_moments={int(k): v["file"] for k, v in manifest["second_moments"].items()},
+        second_moments={int(layer): file for layer, file in manifest["second_moments"].items()},
     )
     outcome = run(
         store.sub("results"),
@@ -99,6 +105,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                 f"{store.uri} holds another run; choose another --out, or go back to what it has:\n"
                 + "\n".join(changed)
             )
+        if there["code"] != _code():
+            _say("note: the code is not what this run began with; its rows may be of both")
         return there
     files = second_moment.ensure(config)
     facts = once(model_facts, config, settings=config.workers)
@@ -110,27 +118,22 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         "records": len(grid_of(records, config.records, config.lease_records)),
         "records_store": records.uri,
         "second_moments": {
-            str(layer): {"file": file, "sha256": _sha256(file)} for layer, file in files.items()
+            str(layer): {"file": file, "sha256": file_sha256(file)} for layer, file in files.items()
         },
-        "code": {name: version(name) for name in ("rome-bench", "torch", "transformers", "ray")}
-        | {"source": _source_hash()},
+        "code": _code(),
     }
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     return manifest
 
 
-def _sha256(file: str) -> str:
-    with Path(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _source_hash() -> str:
-    """Hash of the project's Python files: which code made a run, also without git."""
+def _code() -> dict[str, str]:
+    """Versions, and a hash of the project's own files: which code made a run, also without git."""
     digest = hashlib.sha256()
     for folder in ("rome", "cluster", "jobs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
-    return digest.hexdigest()
+    names = ("rome-bench", "torch", "transformers", "ray")
+    return {name: version(name) for name in names} | {"source": digest.hexdigest()}
 
 
 def _say(text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -55,8 +57,8 @@ class Evaluation:
     records: Store
     grid: Grid
     templates: tuple[str, ...]
-    second_moments: dict[int, str] = field(default_factory=dict)
-    """Layer -> file, readable on every node."""
+    second_moments: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Layer -> `file`, readable on every node, and its `sha256`."""
 
     def row(self, case_id: int, **values: Any) -> dict[str, Any]:
         return {"run": self.config.name, "case_id": case_id, "attempts": 1, **values}
@@ -80,7 +82,8 @@ class EvaluationTask:
         self.model: EditableModel = load_model(evaluation.config.model)
         self.fingerprint = self.model.fingerprint()
         self.solver = cache(self._solver)
-        self.editor = cache(self._editor)
+        # Built now, so that what is missing ends the run at once instead of failing each record.
+        self.editors = {name: self._editor(name) for name in evaluation.config.editors}
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}
@@ -101,7 +104,7 @@ class EvaluationTask:
         name = unquote(lease.group.rpartition("editor=")[2])
         done = evaluate(
             self.model,
-            self.editor(name),
+            self.editors[name],
             records.from_table(chosen),
             evaluation.config.scoring,
             self.references,
@@ -125,13 +128,22 @@ class EvaluationTask:
         )
 
     def _solver(self, layer: int) -> Solver:
-        moment, _ = second_moment.load(self.evaluation.second_moments[layer])
+        known = self.evaluation.second_moments[layer]
+        if (now := file_sha256(known["file"])) != known["sha256"]:
+            raise ValueError(
+                f"{known['file']} must be the second moment that the run began with: its sha256 "
+                f"was {known['sha256'][:16]} and is {now[:16]}; restore it, or begin another run"
+            )
+        moment, _ = second_moment.load(known["file"])
         return Solver(moment)
 
     def _editor(self, name: str) -> Editor:
         kind, settings = self.evaluation.config.editor(name)
         resources = Resources(
-            self.model, self.evaluation.templates, self.solver, self.evaluation.config.token_budget
+            self.model,
+            self.evaluation.templates,
+            self.solver,
+            self.evaluation.config.token_budget,
         )
         return EDITORS[kind].build(resources, settings)
 
@@ -144,3 +156,9 @@ def model_facts(config: RunConfig) -> dict[str, Any]:
         sample_context_texts(model, chosen.lengths, chosen.seed)
     )
     return {"model_fingerprint": model.fingerprint(), "context_templates": list(templates)}
+
+
+def file_sha256(file: str) -> str:
+    """sha256 of a file's content."""
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -71,7 +71,8 @@ class Rome:
         """One edit per request, all computed from the unedited model."""
         chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
         edits: dict[int, Edit] = {}
-        for batch in contexts.batches(chosen, self.token_budget // _BACKWARD):
+        budget, device = self.token_budget // _BACKWARD, self.model.device.type
+        for batch in contexts.batches(chosen, budget, device):
             made = self._edit([requests[i] for i in batch], [chosen[i] for i in batch])
             edits |= zip(batch, made, strict=True)
         return [edits[i] for i in range(len(requests))]
