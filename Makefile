@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup bench test clean
+.PHONY: setup bench perf test clean
 
 setup: .venv/installed
 
@@ -19,6 +19,10 @@ bench: setup
 	$(BIN)/python -m jobs.evaluate configs/runs/everyday-rome.yaml \
 		--out $(WORKSPACE)/runs/everyday-rome-$(RECORDS) \
 		--set records.limit=$(if $(filter all,$(RECORDS)),null,$(RECORDS))
+
+# The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
+perf: setup
+	$(BIN)/python tests/perf.py $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import polars as pl
 import pytest
 import tiny
 import yaml
+
+from rome import second_moment
 
 ROOT = Path(__file__).parents[1]
 
@@ -210,3 +213,24 @@ def _wait_for_parts(out: Path, count: int) -> None:
     while len(list(out.glob("results/**/part-*.parquet"))) < count:
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.02)
+
+
+def test_another_second_moment_than_the_run_began_with_is_refused(
+    workspace: Path, ray_address: str, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(workspace / "second_moments", copied / "second_moments")
+    for name in ("model", "records", "tiny.yaml"):
+        (copied / name).symlink_to(workspace / name)
+    out = tmp_path / "run"
+    limited = ["records.limit=2", "editors={rome: {}}"]
+    assert evaluate(copied, out, ray_address, *limited)[0] == 0
+    next(out.glob("results/**/*.parquet")).unlink()
+    (file,) = copied.glob("second_moments/tiny-gpt2/*.safetensors")
+    moment, origin = second_moment.load(file)
+    assert origin is not None
+    moment.sum_KK[0, 0] *= 2
+    second_moment.save(file, moment, origin)
+    status, text = evaluate(copied, out, ray_address, *limited)
+    assert status == 1
+    assert "must be the second moment that the run began with" in text
