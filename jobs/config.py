@@ -94,8 +94,8 @@ class RunConfig:
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
-    token_budget: PositiveInt = 8192
-    """Tokens of a forward pass at most, padding included."""
+    token_budget: PositiveInt | None = None
+    """Tokens of a forward pass at most, padding included; null takes what suits the device."""
     lease_records: PositiveInt = 8
     """Records that a worker takes at a time, and loses at most."""
     workers: RunSettings = field(default_factory=RunSettings)

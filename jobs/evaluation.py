@@ -21,7 +21,7 @@ from jobs.config import RunConfig, SliceConfig
 from jobs.pinned import load_model
 from rome import prompts, records, second_moment
 from rome.editors import EDITORS, Editor, Resources
-from rome.evaluation import evaluate
+from rome.evaluation import TOKEN_BUDGETS, evaluate
 from rome.models import EditableModel
 from rome.results import ERROR, OK, RESULT_SCHEMA
 from rome.scoring.generation import sample_context_texts
@@ -81,6 +81,8 @@ class EvaluationTask:
         self.evaluation = evaluation
         self.model: EditableModel = load_model(evaluation.config.model)
         self.fingerprint = self.model.fingerprint()
+        default = TOKEN_BUDGETS[self.model.device.type]
+        self.token_budget = evaluation.config.token_budget or default
         self.solver = cache(self._solver)
         # Built now, so that what is missing ends the run at once instead of failing each record.
         self.editors = {name: self._editor(name) for name in evaluation.config.editors}
@@ -108,7 +110,7 @@ class EvaluationTask:
             records.from_table(chosen),
             evaluation.config.scoring,
             self.references,
-            evaluation.config.token_budget,
+            self.token_budget,
         )
         worker = f"{socket.gethostname()}:{os.getpid()}"
         return _table(
@@ -143,7 +145,7 @@ class EvaluationTask:
             self.model,
             self.evaluation.templates,
             self.solver,
-            self.evaluation.config.token_budget,
+            self.token_budget,
         )
         return EDITORS[kind].build(resources, settings)
 

@@ -29,6 +29,7 @@ from rounds import ALLOWED, STAGES, Clock, Distance, Round, check, distance, run
 
 from rome.deltas import Edit
 from rome.editors.rome import Rome
+from rome.evaluation import TOKEN_BUDGETS
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -73,7 +74,8 @@ def useful_work(made: Bench, stages: Sequence[str], engine: Round) -> dict[str, 
 
 def measure(made: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of both sides in turn, compared and summed up: what `--out` holds."""
-    budget, stages, device = options.token_budget, options.stages, made.engine.device
+    stages, device = options.stages, made.engine.device
+    budget = options.token_budget or TOKEN_BUDGETS[device.type]
     rounds: dict[str, list[Round]] = {"oracle": [], "engine": []}
     edits: list[Edit] = []
     if "edit" not in stages:
@@ -202,7 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--records-file", type=Path, help="COUNTERFACT's JSON; default: everyday facts")
     add("--repeats", type=int, default=3, help="rounds of both sides in turn")
     add("--stages", type=lambda text: text.split(","), default=list(STAGES), help=",".join(STAGES))
-    add("--token-budget", type=int, default=8192, help="the engine's, as in a run's config")
+    add("--token-budget", type=int, help="the engine's, as in a run's config")
     add("--out", type=Path, help="JSON of everything measured")
     options = parser.parse_args(arguments)
     if not options.stages or not set(options.stages) <= set(STAGES):

@@ -21,7 +21,7 @@ from rome.models import FAMILIES, EditableModel
 from rome.records import Request
 from rome.second_moment import SecondMoment, Solver
 
-BUDGET = 2400  # All the requests do not fit into one batch.
+BUDGET = 300  # All the requests do not fit into one batch.
 
 # KL is on in all; one clamps, one stops some edits early, and layer 0 has no layer before it.
 CLAMPED = RomeSettings(1, ValueSettings(steps=6, kl_factor=0.5, clamp=0.2, stop_below=0), "mean")

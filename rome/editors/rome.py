@@ -20,8 +20,9 @@ from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import Solver
 
-# What a token costs in memory when its activations are kept, in tokens of which none are.
-_BACKWARD = 8
+# What a token costs when its activations are kept, in tokens of which none are: on a GPU the budget
+# is one of memory, on a CPU of what its caches hold.
+_BACKWARD = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Rome:
         """One edit per request, all computed from the unedited model."""
         chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
         edits: dict[int, Edit] = {}
-        budget, device = self.token_budget // _BACKWARD, self.model.device.type
-        for batch in contexts.batches(chosen, budget, device):
+        device = self.model.device.type
+        for batch in contexts.batches(chosen, self.token_budget // _BACKWARD[device], device):
             made = self._edit([requests[i] for i in batch], [chosen[i] for i in batch])
             edits |= zip(batch, made, strict=True)
         return [edits[i] for i in range(len(requests))]
