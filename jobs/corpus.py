@@ -22,11 +22,9 @@ import pyarrow.parquet as pq
 from cluster.store import Store
 from jobs.config import CorpusConfig
 from rome import prompts
-from rome.deltas import Edit
 from rome.models import EditableModel
-from rome.records import Request
 from rome.scoring import generation
-from rome.scoring.generation import GenerationSettings, Start
+from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
 SELF = "self"
 # A chunk leaves a part with half a matrix in float64: 9 MB at 1,536 keys (SmolLM2), 164 MB at 6,400
@@ -64,8 +62,7 @@ class Sampled:
         start = chunk * self.in_chunk
         stop = min(start + self.in_chunk, self.count)
         rows = [Start(model.start_ids, 0, (index,)) for index in range(start, stop)]
-        unedited = Edit(Request("{}", "", ""))
-        sampled = generation.generate(model, rows, [unedited], _SAMPLING, _SAMPLING_BUDGET)
+        sampled = generation.generate(model, rows, [UNEDITED], _SAMPLING, _SAMPLING_BUDGET)
         # Keys are wanted as they are in a prompt, which starts as the tokenizer has it.
         before = prompts.encode(model.tokenizer, [""])[0].ids
         return [before + ids[len(model.start_ids) :] for ids in sampled]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -31,7 +30,7 @@ from jobs.evaluation import (
 )
 from jobs.prepare import MANIFEST, prepare
 from jobs.reduce import reduce, show
-from jobs.sources import ROOT, benchmarks
+from jobs.sources import ROOT, benchmarks, say
 from rome.summary import PROTOCOL
 
 DEAD_LETTERS = 3
@@ -67,10 +66,10 @@ def evaluate(config: RunConfig, out: str) -> int:
     if outcome.done:
         show(reduce([store.uri]))
     if outcome.stopped or outcome.done < outcome.total:
-        _say(f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes")
+        say(f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes")
         return STOPPED
     for group, case_id, error in outcome.dead:
-        _say(f"dead letter: {group} case {case_id}: {error}")
+        say(f"dead letter: {group} case {case_id}: {error}")
     return DEAD_LETTERS if outcome.dead else 0
 
 
@@ -106,7 +105,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                 + "\n".join(changed)
             )
         if there["code"] != _code():
-            _say("note: the code is not what this run began with; its rows may be of both")
+            say("note: the code is not what this run began with; its rows may be of both")
         return there
     files = second_moment.ensure(config)
     facts = once(model_facts, config, settings=config.workers)
@@ -136,10 +135,6 @@ def _code() -> dict[str, str]:
     return {name: version(name) for name in names} | {"source": digest.hexdigest()}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -158,7 +153,7 @@ def main(
         run_config = configs.load(config, overrides or [])
         status = evaluate(run_config, out or str(configs.workspace() / "runs" / run_config.name))
     except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(1) from None
     raise typer.Exit(status)
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import pyarrow as pa
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from typer.core import TyperGroup
 
 from cluster.store import Store
 from jobs import sources
+from jobs.sources import say
 from rome.facts import ReferenceText
 from rome.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
 from rome.scoring.text_metrics import fit_tfidf
@@ -76,10 +76,10 @@ def prepare(
     store = Store(out)
     if store.exists(MANIFEST):
         _refuse_another(out, json.loads(store.read_bytes(MANIFEST)), manifest)
-        _say(f"{out} already holds {content.name}, {len(content.records):,} records: nothing to do")
+        say(f"{out} already holds {content.name}, {len(content.records):,} records: nothing to do")
         return manifest
     _write(store, content.records, texts, manifest)
-    _say(f"{out}: {content.name} {content.version}, {len(content.records):,} records written")
+    say(f"{out}: {content.name} {content.version}, {len(content.records):,} records written")
     return manifest
 
 
@@ -200,10 +200,10 @@ def _prepare(
             reference_texts=reference_texts,
         )
     except (ValueError, OSError) as error:
-        _say(str(error))
+        say(str(error))
         raise typer.Exit(1) from error
     if skipped := manifest["skipped"]:
-        _say(f"{len(skipped)} bad rows were left out, all in {MANIFEST}:\n{_listed(skipped)}")
+        say(f"{len(skipped)} bad rows were left out, all in {MANIFEST}:\n{_listed(skipped)}")
 
 
 @app.command("describe")
@@ -212,7 +212,7 @@ def _describe(store: Annotated[str, typer.Argument(help="Folder or URI of a stor
     try:
         manifest = json.loads(Store(store).read_bytes(MANIFEST))
     except FileNotFoundError as error:
-        _say(f"{store} is no store: it has no {MANIFEST}. Write one with `jobs.prepare`.")
+        say(f"{store} is no store: it has no {MANIFEST}. Write one with `jobs.prepare`.")
         raise typer.Exit(1) from error
     table = Table("Item", title=f"{manifest['name']} {manifest['version']}")
     for heading in ("Total", "Per relation", "Per record"):
@@ -226,10 +226,6 @@ def _describe(store: Annotated[str, typer.Argument(help="Folder or URI of a stor
 def _listed(messages: Sequence[str]) -> str:
     rest = len(messages) - _LISTED
     return "\n".join([*messages[:_LISTED], *([f"... and {rest} more"] if rest > 0 else [])])
-
-
-def _say(text: str) -> None:
-    sources.CONSOLE.print(escape(text), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +33,7 @@ from jobs import corpus as corpora
 from jobs.config import ConfigError, ModelConfig, RunConfig
 from jobs.corpus import Corpus
 from jobs.pinned import load_model
+from jobs.sources import say
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
@@ -148,7 +148,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
     corpus = corpora.prepare(config.model.second_moment, outline, parts)
     grid = Grid((tuple(range(corpus.chunks)),), rows=1)
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
-    _say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
+    say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
     make_task = partial(MomentTask, config.model, layers, corpus, grid)
     outcome = run(parts, [_GROUP], grid, make_task, _dead_row, settings)
     if outcome.stopped:
@@ -172,7 +172,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
                 corpus_fingerprint=corpus.fingerprint,
             )
             save(file, moment, origin)
-            _say(
+            say(
                 f"layer {layer}: {moment.count:,} tokens, condition number {condition:.3g}, "
                 f"{outcome.seconds:.0f} s: {file}"
             )
@@ -266,10 +266,6 @@ def _dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
     return pa.Table.from_pylist([row])
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -284,12 +280,12 @@ def main(
     try:
         files = ensure(configs.load(config, overrides or []))
     except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(1) from None
     for layer, file in files.items():
         print(f"{layer}\t{file}")
     if not files:
-        _say("no editor of this run needs a second moment")
+        say("no editor of this run needs a second moment")
 
 
 if __name__ == "__main__":

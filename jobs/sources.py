@@ -28,6 +28,11 @@ CONSOLE = Console(stderr=True)
 _TIMEOUT_S = 60
 
 
+def say(text: str) -> None:
+    """Tell the user something beside a job's output."""
+    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One file of `configs/benchmarks`; `bytes` and `sha256` are those of the full source."""

@@ -38,16 +38,15 @@ class Family:
     base: str
     layers: str
     down_projection: str
-    final_norm: str
     transposed: bool = False
 
 
-_LLAMA = Family("model", "layers", "mlp.down_proj", "norm")
+_LLAMA = Family("model", "layers", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer", "h", "mlp.c_proj", "ln_f", transposed=True),
-    "gptj": Family("transformer", "h", "mlp.fc_out", "ln_f"),
-    "gpt_neox": Family("gpt_neox", "layers", "mlp.dense_4h_to_h", "final_layer_norm"),
+    "gpt2": Family("transformer", "h", "mlp.c_proj", transposed=True),
+    "gptj": Family("transformer", "h", "mlp.fc_out"),
+    "gpt_neox": Family("gpt_neox", "layers", "mlp.dense_4h_to_h"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -158,18 +157,18 @@ class EditableModel:
         """
         if (start == 0) != (injected_BTD is None):
             raise ValueError(f"hidden states enter layer {start} only from a layer before it")
-        base = copy.copy(self.base)
-        base._modules = dict(base._modules)
         head = [_Entry(injected_BTD, layer) for layer in self.layers[:start]]
-        base._modules[self.family.layers] = nn.ModuleList([*head, *self.layers[start:]])
-        return base
+        return self._with_layers(nn.ModuleList([*head, *self.layers[start:]]))
 
     def up_to(self, layer: int) -> nn.Module:
         """The decoder without the layers after `layer`; what it answers is of use to nobody but
         hooks, since the final norm follows a layer that it was not made for."""
+        return self._with_layers(self.layers[: layer + 1])
+
+    def _with_layers(self, layers: nn.ModuleList) -> nn.Module:
         base = copy.copy(self.base)
         base._modules = dict(base._modules)
-        base._modules[self.family.layers] = self.layers[: layer + 1]
+        base._modules[self.family.layers] = layers
         return base
 
 

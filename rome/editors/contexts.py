@@ -173,9 +173,9 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
             (per_edit(kv.keys[..., :P, :]), per_edit(kv.values[..., :P, :]))
             for kv in cached[layer:]
         ],
-        label_ids_ECN=per_edit(label_ids_BN.to(model.device)),
-        label_columns_ECN=per_edit(label_columns_BN.to(model.device)),
-        label_weights_ECN=per_edit(label_weights_BN.to(model.device)),
+        label_ids_ECN=per_edit(label_ids_BN),
+        label_columns_ECN=per_edit(label_columns_BN),
+        label_weights_ECN=per_edit(label_weights_BN),
     )
 
 

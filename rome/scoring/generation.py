@@ -195,9 +195,10 @@ def sample_context_texts(
     for length, count in lengths:
         settings = GenerationSettings(max_tokens=length, seed=seed)
         rows = [Start(model.start_ids, 0, (length, i)) for i in range(count)]
-        ids = generate(model, rows, [_UNEDITED], settings, token_budget=length * count)
+        ids = generate(model, rows, [UNEDITED], settings, token_budget=length * count)
         texts += decode(model, [row[1:] for row in ids])
     return texts
 
 
-_UNEDITED = Edit(Request("{}", "", ""))
+UNEDITED = Edit(Request("{}", "", ""))
+"""The edit of rows that run as the model is."""
