@@ -1,0 +1,49 @@
+"""What fits into memory, and what to do where it does not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+# What a token costs when its activations are kept, in tokens of which none are: on a GPU the budget
+# is one of memory, on a CPU of what its caches hold.
+BACKWARD = {"cpu": 1, "cuda": 8}
+
+_log = logging.getLogger(__name__)
+
+
+def in_halves(run: Callable[[Sequence[Item]], list[Answer]], batch: Sequence[Item]) -> list[Answer]:
+    """`run(batch)`, or where memory does not suffice the answers to its halves, in order.
+
+    Each halving is logged as a warning. Raises what `run` raised where one item alone does not fit.
+    """
+    try:
+        return run(batch)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not _out_of_memory(error):
+            raise
+    # Out of the `except`, whose traceback holds the tensors of the failed run.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(batch) // 2
+    _log.warning(
+        "out of memory with a batch of %d: going on with halves; a smaller token_budget avoids "
+        "the failed attempt",
+        len(batch),
+    )
+    return in_halves(run, batch[:half]) + in_halves(run, batch[half:])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a RuntimeError of its allocator.
+    return not isinstance(error, RuntimeError) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory")
+    )

@@ -1,0 +1,52 @@
+"""A batch that does not fit into memory is halved, says so, and gives the same."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rome import memory
+
+LIMITED = """
+import resource, torch
+from rome import memory
+
+torch.zeros(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), used + (512 << 20)))
+
+def squares(batch):
+    work = torch.ones(len(batch), 32 << 20)  # 128 MiB an item.
+    return [float(row[0]) * i**2 for row, i in zip(work, batch)]
+
+print(memory.in_halves(squares, [0, 1, 2, 3, 4, 5, 6, 7]))
+"""
+
+
+def test_a_process_short_of_memory_goes_on_with_halves() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == str([float(i**2) for i in range(8)])
+    assert "out of memory with a batch of 8: going on with halves" in done.stderr
+
+
+def test_an_item_that_does_not_fit_alone_raises() -> None:
+    def never(batch: object) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.in_halves(never, [1, 2, 3])
+
+
+def test_other_errors_are_not_retried(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(batch: object) -> list[int]:
+        raise RuntimeError("shapes do not fit")
+
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="shapes"):
+        memory.in_halves(wrong, [1, 2])
+    assert not caplog.records
