@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,26 +37,69 @@ class Family:
 
     base: str
     layers: str
+    up_projection: str
+    """Where the MLP's input enters; of a gated MLP the one beside the gate, or both in one."""
     down_projection: str
+    attention: tuple[str, ...]
+    """The projections that make queries, keys and values; one where a family has them fused."""
+    attention_output: str
+    gated: bool = False
+    """The MLP's input is multiplied by a gate of it before the down-projection."""
     transposed: bool = False
 
 
-_LLAMA = Family("model", "layers", "mlp.down_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_LLAMA = Family(
+    "model",
+    "layers",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    tuple(f"self_attn.{name}" for name in _QKV),
+    "self_attn.o_proj",
+    gated=True,
+)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer", "h", "mlp.c_proj", transposed=True),
-    "gptj": Family("transformer", "h", "mlp.fc_out"),
-    "gpt_neox": Family("gpt_neox", "layers", "mlp.dense_4h_to_h"),
+    "gpt2": Family(
+        "transformer",
+        "h",
+        "mlp.c_fc",
+        "mlp.c_proj",
+        ("attn.c_attn",),
+        "attn.c_proj",
+        transposed=True,
+    ),
+    "gptj": Family(
+        "transformer",
+        "h",
+        "mlp.fc_in",
+        "mlp.fc_out",
+        tuple(f"attn.{name}" for name in _QKV),
+        "attn.out_proj",
+    ),
+    "gpt_neox": Family(
+        "gpt_neox",
+        "layers",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+        ("attention.query_key_value",),
+        "attention.dense",
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
     "olmo2": _LLAMA,
-    "phi3": _LLAMA,
+    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj", attention=("self_attn.qkv_proj",)),
 }
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class UnsupportedModelError(ValueError):
@@ -101,18 +144,24 @@ class EditableModel:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def down_projection(self, layer: int) -> nn.Module:
-        """The module K -> D that stores the associations of `layer`, counted from 0."""
+    def module_name(self, layer: int, path: str) -> str:
+        """Name in the model of the module at `path` in `layer`, counted from 0.
+
+        Raises ValueError for a layer that is not there.
+        """
         if not 0 <= layer < len(self.layers):
             raise ValueError(
                 f"{self.name}: layer must be from 0 to {len(self.layers) - 1}, got {layer}"
             )
-        return self.layers[layer].get_submodule(self.family.down_projection)
+        return f"{self.family.base}.{self.family.layers}.{layer}.{path}"
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module K -> D that stores the associations of `layer`, counted from 0."""
+        return self.hf.get_submodule(self.module_name(layer, self.family.down_projection))
 
     def weight_name(self, layer: int) -> str:
         """Name of the down-projection's weight in the model's state dict."""
-        family = self.family
-        return f"{family.base}.{family.layers}.{layer}.{family.down_projection}.weight"
+        return f"{self.module_name(layer, self.family.down_projection)}.weight"
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
@@ -231,12 +280,14 @@ def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) 
     """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
 
     `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
-    installed package). `dtype`: float64, float32 or bfloat16, never chosen by the checkpoint.
+    installed package). `dtype`: one of DTYPES, never chosen by the checkpoint; `tf32` is float32
+    whose products a GPU may round to ten bits, in this process until the next model is loaded.
     Weights are memory-mapped from safetensors, so workers on one node share their pages.
     Raises UnsupportedModelError, or ValueError for an unknown dtype or a missing file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     path = _transformers_path(source)
     hf: Any = AutoModelForCausalLM.from_pretrained(
         path,
