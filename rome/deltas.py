@@ -18,7 +18,7 @@ from rome.records import Request
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """W' = W + left right^T for a map x_K -> y_D: never multiplied out."""
+    """W' = W + left right^T for a map x_K -> y_D: multiplied out only to be written."""
 
     left_DR: Tensor
     right_KR: Tensor
@@ -31,6 +31,24 @@ class LowRankDelta:
 
 
 @dataclass(frozen=True)
+class DenseDelta:
+    """W' = W + change for a map x_K -> y_D: [D, K] whatever the layout of the weight.
+
+    A bias is a map from K = 1, whose input is one.
+    """
+
+    change_DK: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        return float(self.change_DK.norm())
+
+
+Delta = LowRankDelta | DenseDelta
+
+
+@dataclass(frozen=True)
 class Edit:
     """A request and the change that an editor made for it.
 
@@ -39,7 +57,7 @@ class Edit:
     """
 
     request: Request
-    deltas: Mapping[str, LowRankDelta] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
     health: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -48,22 +66,65 @@ def applied(model: EditableModel, edits: Sequence[Edit]) -> Iterator[None]:
     """Run every forward pass of the block with row b edited by `edits[b]`.
 
     Each forward pass must have exactly `len(edits)` rows. No weight is written: a row runs as
-    y = W x + left (right^T x), so leaving the block leaves nothing behind.
+    y = W x + left (right^T x) or y = W x + change x, so leaving the block leaves nothing behind.
     """
     with ExitStack() as stack:
         for name in sorted({name for edit in edits for name in edit.deltas}):
-            hook = _low_rank_hook(model, [edit.deltas.get(name) for edit in edits])
-            module = model.hf.get_submodule(name.removesuffix(".weight"))
-            stack.callback(module.register_forward_hook(hook).remove)
+            owner, _, kind = name.rpartition(".")
+            deltas = [edit.deltas.get(name) for edit in edits]
+            low_rank = [delta if isinstance(delta, LowRankDelta) else None for delta in deltas]
+            dense = [delta if isinstance(delta, DenseDelta) else None for delta in deltas]
+            hooks = []
+            if any(low_rank):
+                hooks.append(_low_rank_hook(model, low_rank))
+            if any(dense):
+                hooks.append(_dense_hook(model, dense, bias=kind == "bias"))
+            for hook in hooks:
+                module = model.hf.get_submodule(owner)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
-def _low_rank_hook(
-    model: EditableModel, deltas: Sequence[LowRankDelta | None]
-) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+@contextmanager
+def written(model: EditableModel, edit: Edit) -> Iterator[None]:
+    """Run the block with an edit's deltas added to the weights in place.
+
+    Computes what `applied` does for one row, at any number of rows; blocks may nest. On leaving,
+    the weights hold the very bits that they held before.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, delta in edit.deltas.items():
+            weight = model.hf.get_parameter(name).detach()
+            saved.append((weight, weight.clone()))
+            change = dense(delta).T if model.family.transposed else dense(delta)
+            wide = torch.promote_types(weight.dtype, change.dtype)
+            weight.copy_(weight.to(wide) + change.reshape(weight.shape).to(weight.device, wide))
+        yield
+    finally:
+        for weight, before in reversed(saved):
+            weight.copy_(before)
+
+
+def dense(delta: Delta) -> Tensor:
+    """The change of the weight [D, K], multiplied out, in float32 or wider."""
+    if isinstance(delta, DenseDelta):
+        return delta.change_DK.to(_wide(delta.change_DK))
+    dtype = _wide(delta.left_DR)
+    return delta.left_DR.to(dtype) @ delta.right_KR.to(dtype).T
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+_Hook = Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def _low_rank_hook(model: EditableModel, deltas: Sequence[LowRankDelta | None]) -> _Hook:
     some = next(delta for delta in deltas if delta is not None)
     rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
-    dtype = torch.promote_types(some.left_DR.dtype, torch.float32)
+    dtype = _wide(some.left_DR)
     # Rows of the same edit share one copy of its factors.
     unique = {id(delta): delta for delta in deltas}
     left_EDR = some.left_DR.new_zeros(len(unique), some.left_DR.shape[0], rank, dtype=dtype)
@@ -78,12 +139,39 @@ def _low_rank_hook(
 
     def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]
-        if len(x_BTK) != len(deltas):
-            raise ValueError(
-                f"a forward pass under `applied` must have one row per edit: "
-                f"{len(deltas)} edits, {len(x_BTK)} rows"
-            )
+        _check_rows(x_BTK, deltas)
         change_BTD = torch.bmm(torch.bmm(x_BTK.to(dtype), right_BKR), left_BDR.mT)
         return (y_BTD + change_BTD).to(y_BTD.dtype)
 
     return hook
+
+
+def _dense_hook(model: EditableModel, deltas: Sequence[DenseDelta | None], bias: bool) -> _Hook:
+    rows: dict[int, list[int]] = {}
+    for b, delta in enumerate(deltas):
+        rows.setdefault(id(delta), []).append(b)
+    unique = {id(delta): delta for delta in deltas if delta is not None}
+    groups = [
+        (torch.tensor(rows[key], device=model.device), dense(delta).to(model.device))
+        for key, delta in unique.items()
+    ]
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+        _check_rows(y_BTD, deltas)
+        x_BTK = y_BTD.new_ones(*y_BTD.shape[:2], 1) if bias else args[0]
+        edited_BTD = y_BTD.clone()
+        # One matmul per distinct edit, over its rows alone.
+        for rows_b, change_DK in groups:
+            change_bTD = x_BTK[rows_b].to(change_DK.dtype) @ change_DK.T
+            edited_BTD[rows_b] = (y_BTD[rows_b] + change_bTD).to(y_BTD.dtype)
+        return edited_BTD
+
+    return hook
+
+
+def _check_rows(x_BTK: Tensor, deltas: Sequence[object]) -> None:
+    if len(x_BTK) != len(deltas):
+        raise ValueError(
+            f"a forward pass under `applied` must have one row per edit: "
+            f"{len(deltas)} edits, {len(x_BTK)} rows"
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rome.deltas import Edit, LowRankDelta
 from rome.editors.rome import RomeSettings
 from rome.models import EditableModel
 from rome.records import Request
@@ -192,3 +193,10 @@ def generate(
             choice += 1
         ids.append(int(best.indices[choice]))
     return ids
+
+
+def rank_one(edit: Edit) -> LowRankDelta:
+    """The only change of an edit that ROME made."""
+    (delta,) = edit.deltas.values()
+    assert isinstance(delta, LowRankDelta)
+    return delta

@@ -20,7 +20,7 @@ import reference
 import torch
 from bench import Bench
 
-from rome.deltas import Edit
+from rome.deltas import Edit, dense
 from rome.editors import values
 from rome.editors.rome import Rome
 from rome.results import PROMPT_KINDS
@@ -130,8 +130,7 @@ def run_oracle(made: Bench, stages: Sequence[str], edits: Sequence[Edit]) -> Rou
             done.outcomes.append(outcome)
             change_DK = torch.outer(outcome.lambda_D, outcome.u_K)
         else:
-            (delta,) = edits[r].deltas.values()
-            change_DK = delta.left_DR @ delta.right_KR.T
+            change_DK = dense(oracle.rank_one(edits[r]))
         for name in MODELS:
             with oracle.edited(model, layer, change_DK) if name == "edited" else nullcontext():
                 if "probabilities" in stages:
@@ -195,7 +194,7 @@ def distance(theirs: Round, ours: Round) -> Distance:
     """How far the engine is from the oracle on the oracle's records."""
     direction = value = log_p = 0.0
     for outcome, edit in zip(theirs.outcomes, ours.edits, strict=False):
-        (delta,) = edit.deltas.values()
+        delta = oracle.rank_one(edit)
         direction = max(
             direction, float((delta.right_KR[:, 0].to(outcome.u_K) - outcome.u_K).norm())
         )

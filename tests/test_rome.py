@@ -14,7 +14,7 @@ import torch
 from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
 from torch import Tensor
 
-from rome.deltas import Edit, LowRankDelta, applied
+from rome.deltas import Edit, LowRankDelta, applied, dense
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
 from rome.models import FAMILIES, EditableModel
@@ -44,7 +44,7 @@ def second_moment() -> SecondMoment:
 
 
 def parts(edit: Edit) -> tuple[Tensor, Tensor]:
-    (delta,) = edit.deltas.values()
+    delta = oracle.rank_one(edit)
     return delta.left_DR[:, 0], delta.right_KR[:, 0]
 
 
@@ -179,7 +179,7 @@ def test_applied_equals_weights_changed_in_place(family: str) -> None:
         with ExitStack() as stack:
             for layer in range(2):
                 if delta := edit.deltas.get(model.weight_name(layer)):
-                    change_DK = delta.left_DR @ delta.right_KR.T
+                    change_DK = dense(delta)
                     stack.enter_context(oracle.edited(model, layer, change_DK))
                     assert delta.norm == pytest.approx(float(change_DK.norm()), rel=1e-12)
             assert close(logits_BTV[b], model.hf(ids_BT[b : b + 1]).logits[0], 1e-6)

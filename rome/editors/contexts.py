@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from transformers.cache_utils import DynamicCache
 
 from rome import prompts
 from rome.models import EditableModel
+from rome.prompts import Encoded
 from rome.records import Request
+
+Position = Literal["subject_first", "subject_middle", "subject_last", "subject_after", "last"]
 
 # The prompt whose next-token distribution must not drift (Equation 4, second term).
 KL_PROMPT = "{} is a"
@@ -30,7 +33,7 @@ class Contexts:
     rows: list[list[int]]
     """Without the target's last token, which is predicted but never read."""
     pivots: list[int]
-    """Index of the subject's last token in each row."""
+    """Index of the edited token, by default the subject's last, in each row."""
     labels: list[tuple[list[int], int]]
     """The target's tokens, and how far after the pivot the first of them is predicted."""
 
@@ -40,8 +43,13 @@ class Contexts:
         return max(len(row) - p for row, p in zip(self.rows, self.pivots, strict=True))
 
 
-def contexts(model: EditableModel, request: Request, templates: Sequence[str]) -> Contexts:
-    """Encode a request in every context template.
+def contexts(
+    model: EditableModel,
+    request: Request,
+    templates: Sequence[str],
+    position: Position = "subject_last",
+) -> Contexts:
+    """Encode a request in every context template; the pivot is the token of a position.
 
     Raises ValueError where a template or prompt does not hold exactly one `{}`, or where one token
     holds the subject's end and the target's beginning.
@@ -53,7 +61,7 @@ def contexts(model: EditableModel, request: Request, templates: Sequence[str]) -
     made = Contexts([], [], [])
     for context, text, row in zip(filled, texts, encoded, strict=False):
         start = prompts.target_start(row, text)
-        pivot = prompts.subject_last(row, context, request.subject)
+        pivot = _pivot(row, context, request.subject, position, start)
         if start <= pivot:
             raise ValueError(
                 f"the target {request.target!r} must begin after the subject's last token, "
@@ -63,8 +71,34 @@ def contexts(model: EditableModel, request: Request, templates: Sequence[str]) -
         made.pivots.append(pivot)
         made.labels.append((row.ids[start:], start - 1 - pivot))
     made.rows.append(encoded[-1].ids)
-    made.pivots.append(prompts.subject_last(encoded[-1], KL_PROMPT, request.subject))
+    end = len(encoded[-1].ids)
+    made.pivots.append(_pivot(encoded[-1], KL_PROMPT, request.subject, position, end))
     return made
+
+
+def subject_tokens(encoded: Encoded, prompt: str, subject: str) -> range:
+    """Indices of the tokens that hold the subject, as `prompts.subject_last` has its last one."""
+    last = prompts.subject_last(encoded, prompt, subject)
+    begin = prompt.index("{}")
+    owned = zip(encoded.spans, encoded.special, strict=True)
+    first = next(i for i, ((_, stop), special) in enumerate(owned) if not special and stop > begin)
+    return range(first, last + 1)
+
+
+def _pivot(encoded: Encoded, prompt: str, subject: str, position: Position, end: int) -> int:
+    """Index of the token of a position in a prompt whose tokens stop before `end`."""
+    at = subject_tokens(encoded, prompt, subject)
+    match position:
+        case "subject_first":
+            return at[0]
+        case "subject_middle":
+            return at[(len(at) - 1) // 2]
+        case "subject_last":
+            return at[-1]
+        case "subject_after":  # Like the reference, the subject's last where nothing follows.
+            return at[-1] + 1 if at[-1] + 1 < end else at[-1]
+        case "last":
+            return end - 1
 
 
 def _fill(template: str, text: str) -> str:
@@ -141,8 +175,8 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
         seen["key_BK"], seen["output_BD"] = args[0][:, P], output_BTD[:, P]
 
     hooks = [
-        model.layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True),
         model.down_projection(layer).register_forward_hook(on_down),
+        model.layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True),
     ]
     cache = DynamicCache()
     cached: list[Any] = cache.layers

@@ -12,17 +12,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from rome import memory
 from rome.deltas import Edit, LowRankDelta
 from rome.editors import contexts, values
-from rome.editors.contexts import Contexts
+from rome.editors.contexts import Contexts, Position
 from rome.editors.values import ValueSettings
 from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import Solver
-
-# What a token costs when its activations are kept, in tokens of which none are: on a GPU the budget
-# is one of memory, on a CPU of what its caches hold.
-_BACKWARD = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class RomeSettings:
     take one of the two for both."""
     second_moment: bool = True
     """False replaces C by the identity. [mom2_adjustment]"""
+    position: Position = "subject_last"
+    """The token of the prompt whose MLP is edited. [fact_token]"""
 
 
 class Rome:
@@ -70,11 +69,15 @@ class Rome:
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         """One edit per request, all computed from the unedited model."""
-        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
+        position = self.settings.position
+        chosen = [contexts.contexts(self.model, r, self.templates, position) for r in requests]
         edits: dict[int, Edit] = {}
         device = self.model.device.type
-        for batch in contexts.batches(chosen, self.token_budget // _BACKWARD[device], device):
-            made = self._edit([requests[i] for i in batch], [chosen[i] for i in batch])
+        for batch in contexts.batches(chosen, self.token_budget // memory.BACKWARD[device], device):
+            made = memory.in_halves(
+                lambda part: self._edit([requests[i] for i in part], [chosen[i] for i in part]),
+                batch,
+            )
             edits |= zip(batch, made, strict=True)
         return [edits[i] for i in range(len(requests))]
 

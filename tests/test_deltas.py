@@ -1,0 +1,117 @@
+"""An edit's deltas applied to rows of a batch, and written into the weights and taken out again."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from test_rome import close, one_thread  # noqa: F401
+from tiny import REQUESTS
+from torch import Tensor
+
+from rome import prompts
+from rome.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
+from rome.models import EditableModel
+
+MAIN = ("gpt2", "gptj", "llama")
+
+
+def edits_of_all_kinds(model: EditableModel) -> list[Edit]:
+    """Nothing; low-rank, dense, and both in one layer or in two; a bias where there is one."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(model.dtype)
+
+    low_rank, full = LowRankDelta(random(16, 2), random(40, 2)), DenseDelta(random(16, 40))
+    first, second = model.weight_name(0), model.weight_name(1)
+    attention = model.module_name(1, model.family.attention[0]) + ".weight"
+    width = 48 if model.family.transposed else 16  # GPT-2's holds queries, keys and values.
+    mixed: dict[str, Delta] = {
+        first: full,
+        second: low_rank,
+        attention: DenseDelta(random(width, 16)),
+    }
+    changes: list[dict[str, Delta]] = [
+        {},
+        {first: low_rank},
+        {first: full},
+        {second: full, first: low_rank},
+        mixed,
+    ]
+    if model.family.transposed or model.hf.config.model_type == "gptj":
+        changes.append({first.replace(".weight", ".bias"): DenseDelta(random(16, 1))})
+    return [Edit(REQUESTS[0], deltas) for deltas in changes]
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_applied_equals_written(family: str) -> None:
+    """Rows of all kinds of edits, ragged, some of one edit, against one edit at a time."""
+    model = tiny.model(family)
+    before = model.fingerprint()
+    edits = edits_of_all_kinds(model)
+    rows = [*edits, edits[2], edits[4], edits[2]]
+    texts = [[5 + b, 6, 7, 8, 9, 10][: 2 + b % 5] for b in range(len(rows))]
+    batch = prompts.pad(texts, "cpu")
+    with applied(model, rows):
+        logits_BTV = model.hf(
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, position_ids=batch.positions_BT
+        ).logits
+    assert model.fingerprint() == before
+    unedited = model.hf(torch.tensor(texts[:1])).logits
+    for b, (edit, ids) in enumerate(zip(rows, texts, strict=True)):
+        with written(model, edit):
+            assert (model.fingerprint() == before) == (not edit.deltas)
+            expected_TV = model.hf(torch.tensor([ids])).logits[0]
+        assert close(logits_BTV[b, : len(ids)], expected_TV, 1e-6)
+        if edit.deltas:
+            assert not close(model.hf(torch.tensor([ids])).logits[0], expected_TV, 1e-3)
+    assert model.fingerprint() == before
+    assert torch.equal(model.hf(torch.tensor(texts[:1])).logits, unedited)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("family", MAIN)
+def test_written_restores_every_bit(family: str, dtype: str) -> None:
+    model = tiny.model(family, dtype)
+    edits = edits_of_all_kinds(model)
+    before = model.fingerprint()
+    with written(model, edits[3]):
+        outer = model.fingerprint()
+        with written(model, edits[4]):
+            assert model.fingerprint() not in (before, outer)
+        assert model.fingerprint() == outer != before
+    assert model.fingerprint() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_written_restores_after_an_error(dtype: str) -> None:
+    model = tiny.model("gpt2", dtype)
+    edit = edits_of_all_kinds(model)[4]
+    before = model.fingerprint()
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside(model, edit)
+    assert model.fingerprint() == before
+    # Its last weight cannot be written.
+    half = Edit(REQUESTS[0], {**edit.deltas, "no.weight": next(iter(edit.deltas.values()))})
+    with pytest.raises(AttributeError), written(model, half):
+        pass
+    assert model.fingerprint() == before
+
+
+def fail_inside(model: EditableModel, edit: Edit) -> None:
+    with written(model, edit):
+        raise RuntimeError("inside")
+
+
+def test_norms_are_those_of_the_change_multiplied_out() -> None:
+    for edit in edits_of_all_kinds(tiny.model("gpt2")):
+        for delta in edit.deltas.values():
+            assert delta.norm == pytest.approx(float(dense(delta).norm()), rel=1e-9)
+
+
+def test_applied_refuses_another_number_of_rows() -> None:
+    model = tiny.model("gpt2")
+    edits = edits_of_all_kinds(model)[2:3] * 3
+    with applied(model, edits), pytest.raises(ValueError, match="3 edits, 2 rows"):
+        model.hf(torch.tensor([[1, 2], [3, 4]]))
