@@ -1,0 +1,233 @@
+"""MEMIT: many facts, one change of several MLP weights (Meng et al. 2023, Section 4).
+
+Legend: E edits (requests), C contexts, R = C + 1 rows of a request (the last one is the KL prompt),
+G groups that are written together, N requests of a group, B rows, T tokens, K key size, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rome import memory, prompts
+from rome.deltas import Edit, LowRankDelta, applied, written
+from rome.editors import contexts, values
+from rome.editors.contexts import Contexts
+from rome.editors.values import Value, ValueSettings
+from rome.models import EditableModel, UnsupportedModelError
+from rome.records import Request
+from rome.second_moment import Solver
+
+
+@dataclass(frozen=True)
+class MemitSettings:
+    """Hyperparameters of MEMIT; the defaults are the published ones for GPT-2 XL."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
+
+    layers: tuple[int, ...] = (13, 14, 15, 16, 17)
+    """Counted from 0, ascending: each takes its share of what is still missing at the last."""
+    second_moment_weight: float = 20_000
+    """Lambda: how many tokens the second moment stands for. [mom2_update_weight]"""
+    value: ValueSettings = field(default_factory=lambda: ValueSettings(clamp=0.75))
+    sampled_contexts: int = 5
+    """How many of the run's sampled context templates are used beside the bare prompt: the last,
+    which are the longest. The release has five of length 10."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers must be one or more in ascending order, got {self.layers}")
+        if self.second_moment_weight <= 0:
+            raise ValueError(
+                f"second_moment_weight must be above 0, got {self.second_moment_weight}"
+            )
+
+
+class Memit:
+    """Edits many requests at once, each alone (`edit`) or all of them in one model
+    (`edit_together`).
+
+    `templates`: the context templates, the bare `{}` first. `solvers`: of C = E[k k^T] at each of
+    the layers. `token_budget`: tokens of a forward pass at most.
+    Raises UnsupportedModelError where the MLP's output does not enter the residual stream as it is.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        settings: MemitSettings,
+        templates: Sequence[str],
+        solvers: Mapping[int, Solver],
+        token_budget: int,
+    ) -> None:
+        if not templates or templates[0] != "{}":
+            raise ValueError(f"the first context template must be '{{}}', got {templates[:1]}")
+        # There a residual of the stream is none of the weight's output, which is normalised first.
+        if hasattr(model.layers[0], "post_feedforward_layernorm"):
+            raise UnsupportedModelError(
+                f"MEMIT needs MLPs whose output is added as it is, and {model.name} normalises it "
+                "first; choose another model or ROME"
+            )
+        self.model, self.settings, self.solvers = model, settings, solvers
+        sampled = templates[1:]
+        self.templates = ["{}", *sampled[max(0, len(sampled) - settings.sampled_contexts) :]]
+        self.token_budget = token_budget
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        """One edit per request, of rank one in each layer, all computed from the unedited model."""
+        if not requests:
+            return []
+        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
+        found = self._values(requests, chosen)
+        groups = self._insert(requests, chosen, found, together=False)
+        edits = []
+        for request, value, deltas in zip(requests, found, groups, strict=True):
+            health = {
+                "steps": len(value.losses),
+                "loss": value.losses[-1],
+                "norm": _norm(deltas),
+                "init_norm": float(value.initial_D.norm()),
+                "delta_norm": float(value.delta_D.norm()),
+                "clamp_hits": value.clamp_hits,
+            }
+            edits.append(Edit(request, deltas, health))
+        return edits
+
+    def edit_together(self, requests: Sequence[Request]) -> Edit:
+        """One edit for all requests, of rank len(requests) in each layer.
+
+        It carries the last of the requests, and of health the norm alone.
+        """
+        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
+        found = self._values(requests, chosen)
+        (deltas,) = self._insert(requests, chosen, found, together=True)
+        return Edit(requests[-1], deltas, {"norm": _norm(deltas)})
+
+    def _values(self, requests: Sequence[Request], chosen: Sequence[Contexts]) -> list[Value]:
+        """z of each request: the hidden state after the last layer that says the target
+        (Equation 16; reference code: `compute_z`).
+
+        The delta is one of the residual stream. Added to the MLP's output it is the same, so this
+        is ROME's v* but for the vector that weight decay and clamp are measured by.
+        """
+        last = self.settings.layers[-1]
+        current_ED = self._observe(last, chosen, [Edit(r) for r in requests])[1]
+        device = self.model.device.type
+        budget = self.token_budget // memory.BACKWARD[device]
+        found: dict[int, Value] = {}
+        for batch in contexts.batches(chosen, budget, device):
+            observed = contexts.observe(self.model, last, [chosen[i] for i in batch])
+            stream = replace(observed, output_ERD=current_ED[batch, None])
+            made = values.optimise(self.model, last, stream, self.settings.value)
+            found |= zip(batch, made, strict=True)
+        return [found[i] for i in range(len(chosen))]
+
+    def _insert(
+        self,
+        requests: Sequence[Request],
+        chosen: Sequence[Contexts],
+        found: Sequence[Value],
+        together: bool,
+    ) -> list[dict[str, LowRankDelta]]:
+        """Write the values into one model, or each into its own (Algorithm 1).
+
+        Layer by layer, Delta = R K^T (lambda C + K K^T)^-1, with the keys K and the residuals R of
+        the model that has the deltas of the layers before.
+        """
+        settings, model = self.settings, self.model
+        wide = torch.promote_types(model.dtype, torch.float32)
+        target_ED = torch.stack([value.initial_D + value.delta_D for value in found])
+        size = len(requests) if together else 1
+        groups: list[dict[str, LowRankDelta]] = [{} for _ in requests[::size]]
+        for i, layer in enumerate(settings.layers):
+            edits = [Edit(requests[0], groups[e // size]) for e in range(len(requests))]
+            keys_EK, current_ED = self._observe(layer, chosen, edits, together)
+            residual_ED = (target_ED - current_ED).double() / (len(settings.layers) - i)
+            keys_EK = keys_EK.double()
+            solved_EK = self.solvers[layer].solve(keys_EK) / settings.second_moment_weight
+            keys_GNK, solved_GNK, residual_GND = (
+                x.unflatten(0, (-1, size)) for x in (keys_EK, solved_EK, residual_ED)
+            )
+            # (lambda C + K K^T)^-1 K = U (1 + K^T U)^-1 with U = (lambda C)^-1 K.
+            identity_NN = torch.eye(size, dtype=torch.float64, device=model.device)
+            gram_GNN = identity_NN + keys_GNK @ solved_GNK.mT
+            adjusted_GNK = torch.linalg.solve(gram_GNN, solved_GNK)
+            for deltas, left_ND, right_NK in zip(groups, residual_GND, adjusted_GNK, strict=True):
+                deltas[model.weight_name(layer)] = LowRankDelta(
+                    left_ND.T.to(wide, copy=True), right_NK.T.to(wide, copy=True)
+                )
+        return groups
+
+    @torch.no_grad()
+    def _observe(
+        self, layer: int, chosen: Sequence[Contexts], edits: Sequence[Edit], together: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """At the subject's last token, with `edits[e]`: the key of each request at `layer` [E, K],
+        and its hidden state after the last of the layers, in the bare prompt [E, D].
+
+        A key is the mean of the bare prompt's and of the mean over sampled contexts (reference
+        code: `compute_ks`, which averages over types of templates first). One edit of all is
+        written, because its rank is that of them all.
+        """
+        model, last, C = self.model, self.settings.layers[-1], len(self.templates)
+        keys, states = [], []
+
+        def on_down(module: Any, args: tuple[Tensor, ...]) -> None:
+            keys.append(args[0][:, -1])
+
+        def on_layer(module: Any, args: Any, output: Any) -> None:
+            hidden_BTD = output[0] if isinstance(output, tuple) else output
+            states.append(hidden_BTD[::C, -1])
+
+        with ExitStack() as stack:
+            down = model.down_projection(layer)
+            stack.callback(down.register_forward_pre_hook(on_down).remove)
+            stack.callback(model.layers[last].register_forward_hook(on_layer).remove)
+            if together:
+                stack.enter_context(written(model, edits[0]))
+            for batch in self._chunks(chosen):
+                rows = [row for i in batch for row in _until_subject(chosen[i])]
+                padded = prompts.pad(rows, model.device, [len(row) - 1 for row in rows])
+                per_row = [] if together else [edits[i] for i in batch for _ in range(C)]
+                with applied(model, per_row):
+                    model.up_to(last)(
+                        input_ids=padded.ids_BT,
+                        attention_mask=padded.mask_BT,
+                        position_ids=padded.positions_BT,
+                        use_cache=False,
+                    )
+        wide = torch.promote_types(model.dtype, torch.float32)
+        keys_ECK = torch.cat(keys).to(wide).unflatten(0, (-1, C))
+        bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
+        return (bare_EK + sampled_EK) / 2, torch.cat(states).to(wide)
+
+    def _chunks(self, chosen: Sequence[Contexts]) -> Iterator[list[int]]:
+        """Successive requests, at most the budget's tokens together."""
+        batch: list[int] = []
+        longest = 0
+        for i, request in enumerate(chosen):
+            longest = max(longest, *(pivot + 1 for pivot in request.pivots))
+            if batch and (len(batch) + 1) * len(self.templates) * longest > self.token_budget:
+                yield batch
+                batch, longest = [], max(pivot + 1 for pivot in request.pivots)
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+def _until_subject(request: Contexts) -> list[list[int]]:
+    """The rows of the contexts, without the KL prompt's, up to the subject's last token: what
+    follows changes nothing there."""
+    return [row[: p + 1] for row, p in zip(request.rows, request.pivots, strict=True)][:-1]
+
+
+def _norm(deltas: Mapping[str, LowRankDelta]) -> float:
+    """Frobenius norm of all changes together."""
+    return math.hypot(*(delta.norm for delta in deltas.values()))
