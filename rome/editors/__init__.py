@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rome.deltas import Edit
+from rome.editors.fine_tuning import (
+    AttentionSettings,
+    ConstrainedSettings,
+    FineTuning,
+    FineTuningSettings,
+)
+from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, load
+from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
+from rome.editors.memit import Memit, MemitSettings
 from rome.editors.rome import Rome, RomeSettings
 from rome.models import EditableModel
 from rome.records import Request
@@ -24,6 +34,15 @@ class Editor(Protocol):
         ...
 
 
+@runtime_checkable
+class JointEditor(Editor, Protocol):
+    """An editor that can also write many facts into one model."""
+
+    def edit_together(self, requests: Sequence[Request]) -> Edit:
+        """One edit for all requests, computed from the unedited model; it carries the last one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
     """What editors may need beside the model, made once per run."""
@@ -34,6 +53,8 @@ class Resources:
     """The solver of C = E[k k^T] at a layer."""
     token_budget: int
     """Tokens of a forward pass at most; a matter of memory and speed alone."""
+    weights: Callable[[str], Path] = Path
+    """The file of the trained weights that an editor's settings name."""
 
 
 class Unedited:
@@ -58,6 +79,8 @@ class Kind:
     build: Callable[[Resources, Any], Editor]
     second_moments: Callable[[Any], list[int]] = lambda settings: []
     """The layers whose C = E[k k^T] it needs under these settings."""
+    trained: Callable[[Any], str | None] = lambda settings: None
+    """The name of the trained weights that it needs under these settings."""
 
 
 def _rome(resources: Resources, settings: RomeSettings) -> Rome:
@@ -65,7 +88,35 @@ def _rome(resources: Resources, settings: RomeSettings) -> Rome:
     return Rome(resources.model, settings, resources.templates, solver, resources.token_budget)
 
 
+def _fine_tuning(resources: Resources, settings: FineTuningSettings) -> FineTuning:
+    return FineTuning(resources.model, settings, resources.token_budget)
+
+
+def _hypernetwork(kind: str) -> Kind:
+    def built(resources: Resources, settings: HypernetworkSettings) -> HypernetworkEditor:
+        network = load(resources.weights(settings.weights), resources.model, kind)
+        return HypernetworkEditor(resources.model, network, resources.token_budget)
+
+    return Kind(HypernetworkSettings, built, trained=lambda settings: settings.weights)
+
+
+def _kn(resources: Resources, settings: KnowledgeNeuronsSettings) -> KnowledgeNeurons:
+    return KnowledgeNeurons(resources.model, settings, resources.token_budget)
+
+
+def _memit(resources: Resources, settings: MemitSettings) -> Memit:
+    solvers = {layer: resources.solver(layer) for layer in settings.layers}
+    return Memit(resources.model, settings, resources.templates, solvers, resources.token_budget)
+
+
 EDITORS: dict[str, Kind] = {
     "none": Kind(NoSettings, lambda resources, settings: Unedited()),
+    "ft": Kind(FineTuningSettings, _fine_tuning),
+    "ft+l": Kind(ConstrainedSettings, _fine_tuning),
+    "attnedit": Kind(AttentionSettings, _fine_tuning),
+    "ke": _hypernetwork("ke"),
+    "mend": _hypernetwork("mend"),
+    "kn": Kind(KnowledgeNeuronsSettings, _kn),
+    "memit": Kind(MemitSettings, _memit, lambda s: list(s.layers)),
     "rome": Kind(RomeSettings, _rome, lambda s: [s.layer] if s.second_moment else []),
 }

@@ -1,0 +1,143 @@
+"""python -m jobs.train CONFIG [--out FOLDER] [--set key=value ...]
+
+Train KE or MEND on Ray. Run the same line again to resume.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+from ray.exceptions import RayError
+
+from cluster.lock import LockedError, RunLock
+from cluster.progress import LOG_SECONDS
+from cluster.run import RunError, stream
+from cluster.store import Store
+from jobs import config as configs
+from jobs import corpus as corpora
+from jobs.config import ConfigError, CorpusConfig
+from jobs.evaluate import STOPPED, record_store
+from jobs.prepare import MANIFEST
+from jobs.sources import say
+from jobs.training import TrainConfig, best, finished, folder, read_curve, train
+
+
+def load(path: str, overrides: list[str]) -> TrainConfig:
+    """A training's config from its file and `key=value` overrides. Raises ConfigError."""
+    data = configs.filled(path, overrides)
+    config: TrainConfig = configs.validate(TrainConfig, data, f"{path}: ")
+    _ = config.network_settings
+    if (config.data.benchmark is None) == (config.data.corpus is None):
+        raise ConfigError(f"{path}: data must name either a benchmark or a corpus")
+    return config
+
+
+def run(config: TrainConfig, out: str) -> int:
+    """Train what is left of a training, say how it went, and give the exit status.
+
+    0: it has come to its end. STOPPED: not yet. Raises ConfigError where the folder holds another
+    training, LockedError where it has a driver already, and RayError where the worker fails; the
+    same line then goes on from the checkpoint.
+    """
+    store = Store(out)
+    records = record_store(config.data.benchmark) if config.data.benchmark else None
+    with RunLock(store):
+        _claim(config, store, records)
+        if not finished(read_curve(store), config.training):
+            shown = _Shown(config)
+            for state in stream(train, config, records, store, settings=config.workers):
+                shown.update(state)
+    curve = read_curve(store)
+    if not finished(curve, config.training):
+        say("stopped; the same line goes on from the last validation")
+        return STOPPED
+    chosen = curve[best(curve)]
+    seconds = timedelta(seconds=round(curve[-1]["seconds"]))
+    say(f"{config.name}: {curve[-1]['step']} steps, {seconds}")
+    say(f"unedited: {_figures(curve[0])}")
+    say(f"edited, weights of step {chosen['step']}: {_figures(chosen)}")
+    return 0
+
+
+def _claim(config: TrainConfig, store: Store, records: Store | None) -> None:
+    """Write what the training is, or check that the folder is of this one."""
+    plain: dict[str, Any] = asdict(config)
+    del plain["workers"]
+    plain["model"] = {key: plain["model"][key] for key in ("name", "source", "dtype")}
+    if records:
+        source = json.loads(records.read_bytes(MANIFEST))
+        plain["records"] = {key: source[key] for key in ("name", "version", "fingerprint")}
+    else:
+        plain["passages"] = corpora.identity(CorpusConfig(corpus=str(config.data.corpus)))
+    now = json.loads(json.dumps(plain))
+    if store.exists(MANIFEST):
+        if changed := configs.difference(json.loads(store.read_bytes(MANIFEST)), now):
+            raise ConfigError(
+                f"{store.uri} holds another training; choose another --out, or go back to what it "
+                "has:\n" + "\n".join(changed)
+            )
+        return
+    store.write_bytes(MANIFEST, json.dumps(now, indent=1, ensure_ascii=False).encode())
+
+
+class _Shown:
+    """Says where a training is: each validation, and the step every ten seconds."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.steps = config.training.steps
+        self.began: tuple[float, int] | None = None
+        self.said = time.monotonic()
+
+    def update(self, state: dict[str, Any]) -> None:
+        now, step = time.monotonic(), state["step"]
+        if "seconds" in state:
+            say(f"step {step}/{self.steps}: {_figures(state)}")
+        elif self.began is None:  # The start of Ray and of the worker is not part of the rate.
+            self.began, self.said = (now, step), now
+        elif now - self.said >= LOG_SECONDS:
+            self.said = now
+            each = (now - self.began[0]) / (step - self.began[1])
+            left = timedelta(seconds=round(each * (self.steps - step)))
+            say(f"step {step}/{self.steps}, {each:.2f} s a step, {left} left at most")
+
+
+def _figures(row: dict[str, Any]) -> str:
+    paraphrases = row["val_paraphrase_accuracy"]  # NaN where the data has none.
+    also = "" if math.isnan(paraphrases) else f"paraphrases {paraphrases:.1%}, "
+    return (
+        f"edit accuracy {row['val_edit_accuracy']:.1%}, {also}"
+        f"KL {row['val_local_loss']:.4f}, loss {row['val_loss']:.4f}"
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[str, typer.Argument(help="A file of configs/train, or your own.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder or URI [workspace/hypernetworks/NAME].")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
+    ] = None,
+) -> None:
+    """Train an editor; the same line resumes."""
+    try:
+        train_config = load(config, overrides or [])
+        status = run(train_config, out or str(folder() / train_config.name))
+    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,190 @@
+"""The gradient of a target's NLL with respect to MLP weights, as the factors it consists of.
+
+A weight's gradient is sum_t delta_t x_t^T: its input x_t and the gradient delta_t of its output, at
+each token. Only the layers that hold such weights, and those after them, are run backwards.
+
+Legend: E edits, B rows, T tokens, N predicted tokens, H hidden size, V vocabulary, D output size of
+a weight, K its input size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rome import prompts
+from rome.models import EditableModel
+
+
+def mlp_weights(model: EditableModel, layers: int) -> list[str]:
+    """Names of the MLP's in and out weights of the last so many layers.
+
+    Raises ValueError where the model has fewer layers.
+    """
+    if not 1 <= layers <= len(model.layers):
+        raise ValueError(
+            f"{model.name}: layers must be from 1 to {len(model.layers)}, got {layers}"
+        )
+    family = model.family
+    return [
+        f"{model.module_name(layer, module)}.weight"
+        for layer in range(len(model.layers) - layers, len(model.layers))
+        for module in (family.up_projection, family.down_projection)
+    ]
+
+
+def module_of(model: EditableModel, weight: str) -> nn.Module:
+    """The module that owns a weight."""
+    return model.hf.get_submodule(weight.removesuffix(".weight"))
+
+
+def sizes(model: EditableModel, weight: str) -> tuple[int, int]:
+    """Output and input size (D, K) of a weight, however it is stored."""
+    first, second = model.hf.get_parameter(weight).shape
+    return (second, first) if model.family.transposed else (first, second)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of a prompt and its target, and the index of the target's first."""
+
+    ids: list[int]
+    start: int
+
+
+def encode(model: EditableModel, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    """The tokens in which each (prompt, target) is scored.
+
+    Raises ValueError where no token comes before the target.
+    """
+    encoded = model.encode([prompts.with_target(*pair) for pair in pairs])
+    texts = []
+    for (prompt, _), row in zip(pairs, encoded, strict=True):
+        start = prompts.target_start(row, prompt)
+        if start == 0:
+            raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")
+        texts.append(Text(row.ids, start))
+    return texts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of texts, run without gradients up to the first layer that holds an edited weight."""
+
+    texts: Sequence[Text]
+    first_layer: int
+    batch: prompts.Batch
+    """Without each text's last token, which is predicted but never read."""
+    entering_BTH: Tensor | None
+    label_ids_BT: Tensor
+    """The token after each."""
+    label_weights_BT: Tensor
+    """1 / (target tokens) where the next token is the target's, else 0."""
+
+
+@torch.no_grad()
+def observe(model: EditableModel, first_layer: int, texts: Sequence[Text]) -> Rows:
+    """Run texts up to `first_layer`."""
+    batch = prompts.pad([text.ids[:-1] for text in texts], model.device)
+    label_ids_BT = torch.zeros_like(batch.ids_BT)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    label_weights_BT = torch.zeros(label_ids_BT.shape, dtype=wide, device=model.device)
+    for b, text in enumerate(texts):
+        last = len(text.ids) - 1
+        label_ids_BT[b, :last] = torch.tensor(text.ids[1:])
+        label_weights_BT[b, text.start - 1 : last] = 1 / (len(text.ids) - text.start)
+    entering = _entering(model, first_layer, batch)
+    return Rows(texts, first_layer, batch, entering, label_ids_BT, label_weights_BT)
+
+
+def _entering(model: EditableModel, layer: int, batch: prompts.Batch) -> Tensor | None:
+    """The hidden states [B, T, H] that enter a layer; None for the embeddings."""
+    if layer == 0:
+        return None
+    seen: list[Any] = []
+    hook = model.layers[layer - 1].register_forward_hook(lambda _, args, out: seen.append(out))
+    try:
+        _run(model.up_to(layer - 1), batch)
+    finally:
+        hook.remove()
+    hidden_BTH: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return hidden_BTH
+
+
+def _run(base: nn.Module, batch: prompts.Batch) -> Tensor:
+    hidden_BTH: Tensor = base(
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask_BT,
+        position_ids=batch.positions_BT,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_BTH
+
+
+def last_hidden(model: EditableModel, rows: Rows) -> Tensor:
+    """The last hidden states [B, T, H]: what is left of the pass, with whatever is hooked in."""
+    return _run(model.only_layers(rows.first_layer, rows.entering_BTH), rows.batch)
+
+
+def target_nll(model: EditableModel, hidden_BTH: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Mean NLL of each row's target [B], and whether its every token is the likeliest one [B]."""
+    b_N, t_N = rows.label_weights_BT.nonzero(as_tuple=True)
+    logits_NV = model.logits(hidden_BTH[b_N, t_N])
+    labels_N = rows.label_ids_BT[b_N, t_N]
+    nll_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    B = len(hidden_BTH)
+    nll_B = nll_N.new_zeros(B).index_add(0, b_N, nll_N * rows.label_weights_BT[b_N, t_N])
+    wrong_B = torch.zeros(B, dtype=torch.long, device=b_N.device)
+    wrong_B = wrong_B.index_add(0, b_N, (logits_NV.argmax(1) != labels_N).long())
+    return nll_B, wrong_B == 0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One weight's gradient for each edit, sum over the tokens of `mask_ET` of delta_t x_t^T."""
+
+    x_ETK: Tensor
+    delta_ETD: Tensor
+    mask_ET: Tensor
+    """False for padding, and for tokens that the target does not depend on through the weight."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What hypernetworks are given: each edit's text, its loss, and its gradient by weight."""
+
+    texts: Sequence[Text]
+    loss_E: Tensor
+    factors: Mapping[str, Factors]
+
+
+def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> Gradients:
+    """The factors of d NLL / d W in every row, each of them as if it were alone."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], y_ETD: Tensor) -> Tensor:
+            nothing_ETD = torch.zeros_like(y_ETD, requires_grad=True)
+            seen[name] = args[0].detach(), nothing_ETD
+            return y_ETD + nothing_ETD
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for name in weights:
+            handle = module_of(model, name).register_forward_hook(watch(name))
+            stack.callback(handle.remove)
+        loss_E, _ = target_nll(model, last_hidden(model, rows), rows)
+        deltas = torch.autograd.grad(loss_E.sum(), [seen[name][1] for name in weights])
+    wide = loss_E.dtype
+    factors = {}
+    for name, delta_ETD in zip(weights, deltas, strict=True):
+        x_ETK = seen[name][0].to(wide)
+        mask_ET = (x_ETK != 0).any(2) & (delta_ETD != 0).any(2)
+        factors[name] = Factors(x_ETK, delta_ETD.to(wide), mask_ET)
+    return Gradients(rows.texts, loss_E.detach(), factors)

@@ -1,0 +1,145 @@
+"""Editors that were trained: a network turns the gradient of an edit into the edit.
+
+Legend: E edits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+
+from rome.deltas import Edit
+from rome.editors import gradients
+from rome.editors.gradients import Text
+from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
+from rome.editors.mend import MendNetwork, MendSettings
+from rome.models import EditableModel
+from rome.records import Request
+
+Network = MendNetwork | KnowledgeEditorNetwork
+
+NETWORKS: dict[str, tuple[type, type]] = {
+    "ke": (KnowledgeEditorSettings, KnowledgeEditorNetwork),
+    "mend": (MendSettings, MendNetwork),
+}
+
+
+@dataclass(frozen=True)
+class HypernetworkSettings:
+    """What a trained editor is: everything else is in the file that its training wrote."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    weights: str
+    """Name of a training, such as `mend-smollm2-counterfact`, or a .safetensors file."""
+
+
+class HypernetworkEditor:
+    """Edits many requests in one batch, each exactly as it would be alone.
+
+    `token_budget`: tokens of a forward pass at most, padding included.
+    """
+
+    def __init__(self, model: EditableModel, network: Network, token_budget: int) -> None:
+        self.model, self.network, self.token_budget = model, network.eval(), token_budget
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        """One edit per request, all computed from the unedited model."""
+        texts = gradients.encode(self.model, [(r.text, r.target) for r in requests])
+        edits: dict[int, Edit] = {}
+        for batch in _batches(texts, self.token_budget):
+            made = make_edits(
+                self.model, self.network, [requests[i] for i in batch], [texts[i] for i in batch]
+            )
+            edits |= zip(batch, made, strict=True)
+        return [edits[i] for i in range(len(requests))]
+
+
+@torch.no_grad()
+def make_edits(
+    model: EditableModel, network: Network, requests: Sequence[Request], texts: Sequence[Text]
+) -> list[Edit]:
+    """One edit per request, in one batch; `texts` are theirs."""
+    rows = gradients.observe(model, first_layer(model, network), texts)
+    found = gradients.gradients(model, network.weights, rows)
+    edits = []
+    for request, loss, deltas in zip(requests, found.loss_E.tolist(), network(found), strict=True):
+        norm = math.hypot(*(delta.norm for delta in deltas.values()))
+        edits.append(Edit(request, deltas, {"loss": loss, "norm": norm}))
+    return edits
+
+
+def _batches(texts: Sequence[Text], token_budget: int) -> Iterator[list[int]]:
+    """Indices of texts by length, at most `token_budget` tokens together."""
+    batch: list[int] = []
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
+        if batch and (len(batch) + 1) * len(texts[i].ids) > token_budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def first_layer(model: EditableModel, network: Network) -> int:
+    """The first layer that holds a weight which the network edits."""
+    return len(model.layers) - len(network.weights) // 2  # Two a layer, of the last layers.
+
+
+def build(model: EditableModel, kind: str, layers: int, settings: Any, seed: int) -> Network:
+    """An untrained network for the MLPs of the model's last `layers` layers.
+
+    Raises ValueError where the model has fewer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: Network = NETWORKS[kind][1](model, gradients.mlp_weights(model, layers), settings)
+    return network.to(model.device, torch.promote_types(model.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where trained weights come from."""
+
+    training: str
+    kind: str
+    layers: int
+    settings: dict[str, Any]
+    model: str
+    model_fingerprint: str
+    step: int
+
+
+def serialised(network: Network, origin: Origin) -> bytes:
+    """A trained network as the content of a safetensors file."""
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    return to_bytes(tensors, {"origin": json.dumps(asdict(origin))})
+
+
+def load(file: Path, model: EditableModel, kind: str) -> Network:
+    """The network of a file that a training wrote.
+
+    Raises ValueError where it is of another kind or of another model.
+    """
+    with safe_open(file, "pt") as opened:
+        origin = Origin(**json.loads(opened.metadata()["origin"]))
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if origin.kind != kind:
+        raise ValueError(f"{file} must be a trained {kind}, but is a {origin.kind}")
+    if origin.model_fingerprint != model.fingerprint():
+        raise ValueError(
+            f"{file} must have been trained for {model.name} with these weights and this dtype, "
+            f"but was for {origin.model}; train one with python -m jobs.train"
+        )
+    settings = NETWORKS[kind][0](**origin.settings)
+    network = build(model, kind, origin.layers, settings, seed=0)
+    network.load_state_dict(tensors)
+    return network
