@@ -24,7 +24,7 @@ from rome.facts import ReferenceText
 from rome.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
 from rome.scoring.text_metrics import fit_tfidf
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHARD_ROWS = 512
 MANIFEST = "manifest.json"
 _LISTED = 20

@@ -6,14 +6,14 @@ import io
 import json
 import posixpath
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 from urllib.parse import unquote
 
 import polars as pl
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from cluster.store import Store
 from jobs import tables
@@ -45,8 +45,8 @@ def reduce(run_dirs: Sequence[str]) -> pl.DataFrame:
 
 
 def _reduce_one(store: Store) -> pl.DataFrame:
-    manifest = _manifest(store)
-    summary = _summarize_parts(store)
+    manifest = read_manifest(store)
+    summary = collect(store, summarize)
     # An editor that the manifest does not know is shown, too.
     editors = dict.fromkeys([*manifest["editors"], *summary["editor"]])
     frame = (
@@ -67,7 +67,8 @@ def _reduce_one(store: Store) -> pl.DataFrame:
     return frame
 
 
-def _manifest(store: Store) -> dict[str, Any]:
+def read_manifest(store: Store) -> dict[str, Any]:
+    """Raises ValueError where the directory is none of a run."""
     try:
         manifest: dict[str, Any] = json.loads(store.read_bytes("manifest.json"))
     except FileNotFoundError:
@@ -83,7 +84,11 @@ def _manifest(store: Store) -> dict[str, Any]:
     return manifest
 
 
-def _summarize_parts(store: Store) -> pl.DataFrame:
+def collect(store: Store, of: Callable[[pl.LazyFrame], pl.DataFrame]) -> pl.DataFrame:
+    """`of` the result rows of a run with its hive columns, reading only what it needs.
+
+    Raises ValueError where there is none, or a part is not whole.
+    """
     parts = store.list(PARTS, ".parquet")
     if not parts:
         raise ValueError(
@@ -91,7 +96,7 @@ def _summarize_parts(store: Store) -> pl.DataFrame:
             "Run jobs.evaluate, or wait for its first part, and reduce again."
         )
     try:
-        return summarize(_scan(store, parts))
+        return of(_scan(store, parts))
     except (pl.exceptions.PolarsError, OSError):
         for part in parts:
             store.read_table(part)  # Names the damaged one.
@@ -101,7 +106,7 @@ def _summarize_parts(store: Store) -> pl.DataFrame:
 def _scan(store: Store, parts: Sequence[str]) -> pl.LazyFrame:
     folders = defaultdict(list)
     for part in parts:
-        folders[posixpath.dirname(part)].append(store.sub(part).uri)
+        folders[posixpath.dirname(part)].append(store.address(part))
     # Not polars' own hive columns: those also come from the folders above the run directory.
     return pl.concat(
         [
@@ -136,12 +141,7 @@ def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:
     """Print a summary to stdout; what a reader of the table has to know goes to stderr."""
     match format:
         case Format.TABLE:
-            table = tables.terminal(frame)
-            console = Console()
-            if not console.is_terminal:
-                # A table in a log or a pipe is not cut to the width of a terminal.
-                console.width = Console(width=1000).measure(table).maximum
-            console.print(table)
+            print_table(tables.terminal(frame))
         case Format.MARKDOWN:
             typer.echo(tables.markdown(frame), nl=False)
         case Format.LATEX:
@@ -150,6 +150,14 @@ def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:
             typer.echo(frame.write_json())
     for note in tables.notes(frame):
         typer.echo(note, err=True)
+
+
+def print_table(table: RenderableType) -> None:
+    """To stdout; in a log or a pipe it is not cut to the width of a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = Console(width=1000).measure(table).maximum
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.progress import wrap_file
 
 from rome import facts
 from rome.facts import ReferenceText
-from rome.records import Record
+from rome.records import Record, is_zsre
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSOLE = Console(stderr=True)
@@ -64,11 +64,19 @@ def benchmarks() -> dict[str, Benchmark]:
     return {benchmark.name: benchmark for benchmark in found}
 
 
+def reversed_prompts() -> dict[str, str]:
+    """Relation -> reversed prompt, with `{}` for the object: `configs/facts/reversed.yaml`."""
+    path = ROOT / "configs" / "facts" / "reversed.yaml"
+    prompts: dict[str, str] = yaml.safe_load(path.read_text("utf-8"))
+    return prompts
+
+
 def load(source: str, limit: int | None = None) -> Source:
     """The first `limit` records of a source, checked, and what is wrong with the others.
 
-    `source` is tried as the name of a benchmark, a URL, a file (JSON list of COUNTERFACT records,
-    or fact table in YAML or CSV; either may be gzipped), a `datasets` folder, a `datasets` id.
+    `source` is tried as the name of a benchmark, a URL, a file (JSON list of COUNTERFACT records
+    or of zsRE rows as MEND publishes them, or fact table in YAML or CSV; each may be gzipped), a
+    `datasets` folder, a `datasets` id.
 
     Raises:
         ValueError: the source as a whole cannot be used: wrong digest, not JSON, not found.
@@ -159,12 +167,13 @@ def _check(rows: Iterable[tuple[str, Any]]) -> tuple[list[Record], list[str]]:
     records: list[Record] = []
     invalid: list[str] = []
     places: dict[int, str] = {}
-    for where, row in rows:
-        case_id = row.get("case_id") if isinstance(row, dict) else None
+    for i, (where, row) in enumerate(rows):
+        zsre = isinstance(row, dict) and is_zsre(row)
+        case_id = i if zsre else row.get("case_id") if isinstance(row, dict) else None
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"a record must be a mapping, got {str(row)[:200]}")
-            record = Record.from_counterfact(row)
+            record = Record.from_zsre(row, i) if zsre else Record.from_counterfact(row)
             if record.case_id in places:
                 raise ValueError(f"case_id must be unique, also in {places[record.case_id]}")
         except ValueError as error:
@@ -189,7 +198,7 @@ def _from_facts(
 
 
 def _from_datasets(location: str, limit: int | None) -> Source:
-    """A folder of `save_to_disk`, a folder of data files or a hub id, in the original schema."""
+    """A folder of `save_to_disk`, a folder of data files or a hub id, in either schema."""
     path = Path(location)
     if not path.is_dir() and (location.count("/") != 1 or path.suffix):
         raise ValueError(

@@ -24,6 +24,8 @@ class Request:
     prompt: str
     subject: str
     target: str
+    target_true: str | None = None
+    """What the model is taken to say now, for editors that ask."""
 
     @property
     def text(self) -> str:
@@ -32,24 +34,36 @@ class Request:
 
 @dataclass(frozen=True)
 class Record:
-    """One COUNTERFACT record (Meng et al. 2022, Section 3.3 and Appendix D), flattened."""
+    """One record of COUNTERFACT (Meng et al. 2022, Section 3.3 and Appendix D) or zsRE, flattened.
+
+    A zsRE record has no true target: a neighborhood prompt, a question about something else, has
+    its own `neighborhood_target`.
+    """
 
     case_id: int
     relation_id: str | None
     prompt: str
     subject: str
     target_new: str
-    target_true: str
+    target_true: str | None
     target_new_id: str | None
     target_true_id: str | None
     paraphrase_prompts: tuple[str, ...]
     neighborhood_prompts: tuple[str, ...]
     attribute_prompts: tuple[str, ...]
     generation_prompts: tuple[str, ...]
+    neighborhood_target: str | None = None
 
     @property
     def request(self) -> Request:
-        return Request(self.prompt, self.subject, self.target_new)
+        return Request(self.prompt, self.subject, self.target_new, self.target_true)
+
+    @property
+    def neighborhood_true(self) -> str:
+        """What is true of the neighborhood prompts: in COUNTERFACT what was true of the subject."""
+        true = self.neighborhood_target or self.target_true
+        assert true is not None  # See `check`.
+        return true
 
     @classmethod
     def from_counterfact(cls, row: Mapping[str, Any]) -> Record:
@@ -64,6 +78,7 @@ class Record:
         rewrite = row.get("requested_rewrite")
         if not isinstance(rewrite, Mapping):
             raise ValueError(f"requested_rewrite must be a mapping, got {rewrite!r}")
+        lists: dict[str, Any] = {name: _prompts(row, name) for name in LIST_SIZES}
         new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
         record = cls(
             case_id=row.get("case_id"),  # type: ignore[arg-type]  # checked below
@@ -71,10 +86,47 @@ class Record:
             prompt=rewrite.get("prompt"),  # type: ignore[arg-type]
             subject=rewrite.get("subject"),  # type: ignore[arg-type]
             target_new=new.get("str"),  # type: ignore[arg-type]
-            target_true=true.get("str"),  # type: ignore[arg-type]
+            target_true=true.get("str"),
             target_new_id=new.get("id"),
             target_true_id=true.get("id"),
-            **{name: _prompts(row, name) for name in LIST_SIZES},
+            **lists,
+        )
+        record.check()
+        return record
+
+    @classmethod
+    def from_zsre(cls, row: Mapping[str, Any], case_id: int) -> Record:
+        """A record of the JSON schema of MEND's zsRE files, checked.
+
+        Reference code: `dsets/zsre.py`, where `case_id` is the row's place in the file, from 0. The
+        first answer is the target; the question about something else (`loc`, of Natural Questions,
+        without its question mark) is the neighborhood prompt.
+
+        Raises:
+            ValueError: the first rule that the row breaks, with the value.
+        """
+        for name in ("subject", "src", "loc"):
+            _check_text(name, row.get(name))
+        subject, src, answers = row["subject"], row["src"], row.get("answers")
+        if src.count(subject) != 1:
+            raise ValueError(f"src must contain the subject {subject!r} exactly once, got {src!r}")
+        if not isinstance(answers, list) or not answers:
+            raise ValueError(f"answers must be a list with at least one text, got {answers!r}")
+        _check_text("loc_ans", row.get("loc_ans"))
+        record = cls(
+            case_id=case_id,
+            relation_id=None,
+            prompt=src.replace(subject, "{}"),
+            subject=subject,
+            target_new=answers[0],
+            target_true=None,
+            target_new_id=None,
+            target_true_id=None,
+            paraphrase_prompts=(row.get("rephrase"),),  # type: ignore[arg-type]  # checked below
+            neighborhood_prompts=(row["loc"] + "?",),
+            attribute_prompts=(),
+            generation_prompts=(),
+            neighborhood_target=row["loc_ans"],
         )
         record.check()
         return record
@@ -87,9 +139,10 @@ class Record:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be text or null, got {value!r}")
-        for name in ("prompt", "subject", "target_new", "target_true"):
+        true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
+        for name in ("prompt", "subject", "target_new", true):
             _check_text(name, getattr(self, name))
-        for name in ("subject", "target_new", "target_true"):
+        for name in ("subject", "target_new", true):
             if (value := getattr(self, name)) != value.strip():
                 raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
         if self.prompt.count("{}") != 1:
@@ -113,6 +166,11 @@ def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return target
 
 
+def is_zsre(row: Mapping[str, Any]) -> bool:
+    """Whether a row is meant to be one of MEND's zsRE files rather than of COUNTERFACT."""
+    return bool({"src", "answers", "loc"} & row.keys())
+
+
 def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     prompts = row.get(name)
     if not isinstance(prompts, list):
@@ -132,13 +190,14 @@ RECORD_SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("subject", pa.string(), nullable=False),
         pa.field("target_new", pa.string(), nullable=False),
-        pa.field("target_true", pa.string(), nullable=False),
+        pa.field("target_true", pa.string()),
         pa.field("target_new_id", pa.string()),
         pa.field("target_true_id", pa.string()),
         pa.field("paraphrase_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("neighborhood_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("attribute_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("generation_prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("neighborhood_target", pa.string()),
     ]
 )
 
@@ -158,8 +217,11 @@ def to_table(records: Iterable[Record]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Record]:
-    """The records of an Arrow table written by `to_table`."""
-    names = [field.name for field in fields(Record)]
+    """The records of an Arrow table written by `to_table`.
+
+    What a table of an earlier schema has no column for is at its default.
+    """
+    names = [field.name for field in fields(Record) if field.name in table.column_names]
     return [_from_row({name: row[name] for name in names}) for row in table.to_pylist()]
 
 

@@ -1,7 +1,11 @@
 """Result rows to the paper's table: ES..NM per record, then S and intervals per editor.
 
-All numbers follow the protocol of the released code of the ROME paper
-(`experiments/summarize.py`), named "paper" in the column `protocol`.
+Two protocols stand side by side, named in the column `protocol`:
+- paper: what the released code of the ROME paper computes (`experiments/summarize.py`) from
+  probabilities under teacher forcing. It has all metrics but those of
+- strict: names end in `_strict`. The model speaks greedily until a natural stop (see
+  `rome.scoring.greedy`) and must say the target and nothing else. Case counts; white space at
+  either end and in runs, and a full stop at the end, do not.
 """
 
 from __future__ import annotations
@@ -11,12 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from rome.results import ERROR, OK
+from rome.results import ERROR, OK, RESULT_SCHEMA
 
-PROTOCOL = "paper"
+PROTOCOL = "paper, strict"
 
 GROUP = ("run", "benchmark", "model", "editor")
+# The columns of the paper's Table 4 (COUNTERFACT) and Table 1 (zsRE), and what it does not have.
 METRICS = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS")
+ZSRE_METRICS = ("efficacy", "paraphrase", "specificity")
+EXTRA_METRICS = ("ES_strict", "PS_strict", "NS_strict", "NS_plus", "RVS")
 
 _Z = 1.96
 _RESAMPLES = 1000
@@ -41,28 +48,67 @@ _RULES = (
 )
 # S is their harmonic mean.
 _SUCCESSES = [rule.success for rule in _RULES]
-_RECORD_METRICS = [name for rule in _RULES for name in (rule.success, rule.magnitude)]
-_MEANS = [*_RECORD_METRICS, "GE", "RS"]
+_TOLD = (("efficacy", "rewrite"), ("paraphrase", "paraphrase"), ("specificity", "neighborhood"))
+_STRICT = (("ES_strict", "rewrite"), ("PS_strict", "paraphrase"), ("NS_strict", "neighborhood"))
+_MEANS = [*METRICS[1:], *ZSRE_METRICS, *EXTRA_METRICS]
+# What the metrics of a record are made of.
+_READ = {
+    name: pl.List(pl.String if name.endswith("_greedy") else pl.Float64)
+    for name in RESULT_SCHEMA.names
+    if name.endswith(("_nll_new", "_nll_true", "_accuracy", "_greedy"))
+} | dict.fromkeys(("target_new", "target_true", "neighborhood_target"), pl.String())
 
 
 def record_metrics() -> list[pl.Expr]:
-    """ES EM PS PM NS NM and `protocol` of each result row, for `with_columns`.
+    """All metrics of METRICS, ZSRE_METRICS and EXTRA_METRICS but S, GE and RS, and `protocol`, of
+    each result row, for `with_columns`.
 
-    Fractions: means over the record's prompts of success and of the difference of probabilities
-    exp(-nll). A tie, or a likelihood that is not a number, is a failure on either side. Null where
-    the record has no such prompts or is a dead letter.
+    Fractions, means over the record's prompts, null where the record has no such prompts or is a
+    dead letter:
+    - ES, PS, NS: the target that should be likelier is; a tie, or a likelihood that is not a
+      number, is a failure on either side. EM, PM, NM: the difference of probabilities exp(-nll);
+    - efficacy, paraphrase, specificity (of zsRE, and computed for all): of the target's tokens, the
+      share that is the likeliest (reference code: `eval_utils_zsre.py`);
+    - ES_strict, PS_strict, NS_strict: the model says the target, in NS the true one;
+    - NS_plus: NS with the edited sentence before each neighborhood prompt. RVS: after the reversed
+      prompt the subject is likelier with the new object than with the true one.
     """
-    metrics = [expr for rule in _RULES for expr in _rule_metrics(rule)]
-    return [*metrics, pl.lit(PROTOCOL).alias("protocol")]
-
-
-def _rule_metrics(rule: _Rule) -> tuple[pl.Expr, pl.Expr]:
-    better, worse = (pl.col(f"{rule.kind}_nll_{target}") for target in (rule.better, rule.worse))
-    # A difference below zero, since NaN is greater than all numbers to polars, but is not here.
-    success = (better - worse).list.eval(pl.element() < 0).list.mean()
-    magnitude = (_probabilities(better) - _probabilities(worse)).list.mean()
+    metrics = {rule.success: _success(rule.kind, rule.better, rule.worse) for rule in _RULES}
+    metrics |= {rule.magnitude: _magnitude(rule) for rule in _RULES}
+    metrics |= {name: pl.col(f"{kind}_accuracy").list.mean() for name, kind in _TOLD}
+    metrics |= {name: _said(kind) for name, kind in _STRICT}
+    metrics["NS_plus"] = _success("neighborhood_plus", "true", "new")
+    metrics["RVS"] = _success("reversed", "new", "true")
     ok = pl.when(pl.col("status") == OK)
-    return ok.then(success).alias(rule.success), ok.then(magnitude).alias(rule.magnitude)
+    scored = [ok.then(metrics[name]).alias(name) for name in _MEANS if name in metrics]
+    return [*scored, pl.lit(PROTOCOL).alias("protocol")]
+
+
+def _success(kind: str, better: str, worse: str) -> pl.Expr:
+    # A difference below zero, since NaN is greater than all numbers to polars, but is not here.
+    difference = pl.col(f"{kind}_nll_{better}") - pl.col(f"{kind}_nll_{worse}")
+    return difference.list.eval(pl.element() < 0).list.mean()
+
+
+def _magnitude(rule: _Rule) -> pl.Expr:
+    better, worse = (pl.col(f"{rule.kind}_nll_{target}") for target in (rule.better, rule.worse))
+    return (_probabilities(better) - _probabilities(worse)).list.mean()
+
+
+def _said(kind: str) -> pl.Expr:
+    true = pl.coalesce("neighborhood_target", "target_true")
+    target = true if kind == "neighborhood" else pl.col("target_new")
+    texts = pl.col(f"{kind}_greedy")
+    # Inside a list no other column can be seen, so fenced texts are joined and the target sought.
+    fenced = texts.list.eval(_fenced(pl.element())).list.join("")
+    count = fenced.str.count_matches(_fenced(target), literal=True)
+    return pl.when(texts.list.len() > 0).then(count / texts.list.len())
+
+
+def _fenced(text: pl.Expr) -> pl.Expr:
+    """The words of a text, between characters that no text has."""
+    words = text.str.replace_all(r"\s+", " ").str.strip_chars().str.strip_suffix(".")
+    return pl.concat_str(pl.lit("\x02"), words.str.strip_chars(), pl.lit("\x03"))
 
 
 def _probabilities(nll: pl.Expr) -> pl.Expr:
@@ -72,8 +118,9 @@ def _probabilities(nll: pl.Expr) -> pl.Expr:
 def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
     """One row per (run, benchmark, model, editor), in the order of these names.
 
-    `rows` holds the columns of RESULT_SCHEMA and of GROUP. Each metric M of METRICS is there x 100
-    as in the paper's tables, null where no record has it, with
+    `rows` holds the columns of RESULT_SCHEMA and of GROUP; those of its lists that an earlier
+    version did not write may be missing. Each metric M of METRICS, ZSRE_METRICS and EXTRA_METRICS
+    is there x 100 as in the paper's tables, null where no record has it, with
     - `M_half_width`: 1.96 * population std / sqrt(M_n) over records, the paper's interval; null
       for S, which is not a mean over records, and for fewer than two records;
     - `M_low`, `M_high`: the 95 % percentile bootstrap clustered by relation; null for fewer than
@@ -85,9 +132,7 @@ def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
     (run, editor, case_id) was there already; a scored row is kept in preference to a dead letter.
     """
     records, duplicates = _deduplicate(
-        rows.with_columns(record_metrics())
-        .select(*GROUP, "case_id", "relation_id", "status", *_MEANS)
-        .collect()
+        with_metrics(rows).select(*GROUP, "case_id", "relation_id", "status", *_MEANS).collect()
     )
     summary = records.group_by(*GROUP).agg(
         (pl.col("status") == OK).sum().alias("n"),
@@ -112,6 +157,13 @@ def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
         .select(*GROUP, "protocol", "n", "dead", "duplicates", *_metric_columns())
         .sort(*GROUP)
     )
+
+
+def with_metrics(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Result rows with their metrics; lists that an earlier version did not write are null."""
+    present = rows.collect_schema().names()
+    missing = {name: pl.lit(None, kind) for name, kind in _READ.items() if name not in present}
+    return rows.with_columns(**missing).with_columns(record_metrics())
 
 
 def harmonic_mean() -> pl.Expr:
@@ -155,7 +207,7 @@ def _bootstrap(group: pl.DataFrame) -> dict[str, float | None]:
     sums_GM = clusters.select(f"{name}_sum" for name in _MEANS).to_numpy()
     counts_GM = clusters.select(f"{name}_n" for name in _MEANS).to_numpy().astype(float)
 
-    means_RM = _resampled_means(sums_GM, counts_GM)
+    means_RM = resampled_means(sums_GM, counts_GM)
     with np.errstate(divide="ignore"):
         successes_R3 = means_RM[:, [_MEANS.index(name) for name in _SUCCESSES]]
         s_R1 = len(_SUCCESSES) / (1 / successes_R3).sum(axis=1, keepdims=True)
@@ -168,7 +220,7 @@ def _bootstrap(group: pl.DataFrame) -> dict[str, float | None]:
     }
 
 
-def _resampled_means(sums_GM: Any, counts_GM: Any) -> Any:
+def resampled_means(sums_GM: Any, counts_GM: Any) -> Any:
     """Means [R, M] of the resampled clusters; NaN where a sample has no record with the metric."""
     generator = np.random.default_rng(_SEED)
     shares_G = np.full(len(sums_GM), 1 / len(sums_GM))
@@ -182,9 +234,9 @@ def _resampled_means(sums_GM: Any, counts_GM: Any) -> Any:
 
 def _metric_columns() -> list[str]:
     parts = ("", "_half_width", "_low", "_high", "_n")
-    return [name + part for name in METRICS for part in parts if name + part != "S_n"]
+    return [name + part for name in ("S", *_MEANS) for part in parts if name + part != "S_n"]
 
 
 def _interval_schema() -> dict[str, Any]:
-    ends = {f"{name}_{end}": pl.Float64 for name in METRICS for end in ("low", "high")}
+    ends = {f"{name}_{end}": pl.Float64 for name in ("S", *_MEANS) for end in ("low", "high")}
     return dict.fromkeys(GROUP, pl.String) | ends

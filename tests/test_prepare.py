@@ -253,7 +253,9 @@ def test_sources_that_cannot_be_used(tmp_path: Path, name: str, text: str, messa
 
 
 def test_a_mistyped_benchmark_is_told_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none of the benchmarks \['counterfact', 'everyday'\]"):
+    with pytest.raises(
+        ValueError, match=r"none of the benchmarks \['counterfact', 'everyday', 'zsre'\]"
+    ):
         prepare("evryday", str(tmp_path / "out"))
 
 
@@ -311,7 +313,7 @@ def test_everyday_facts_are_complete(tmp_path: Path) -> None:
 
         neighbors, attributes = set(record.neighborhood_prompts), set(record.attribute_prompts)
         assert len(neighbors) == len(attributes) == len(record.generation_prompts) == 10
-        assert neighbors <= about(record.target_true)
+        assert neighbors <= about(record.neighborhood_true)
         assert attributes <= about(record.target_new)
         assert all(record.subject in prompt for prompt in record.generation_prompts)
         assert len(set(record.paraphrase_prompts)) == 2

@@ -155,6 +155,53 @@ def test_several_runs_in_one_table(tmp_path: Path) -> None:
     assert pl.read_parquet(second / "summary.parquet")["n"].to_list() == [20, 20]
 
 
+def with_extras(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    said = {"target_new": "Rome", "rewrite_greedy": ["Rome."], "rewrite_accuracy": [1.0]}
+    return [row | said | {"neighborhood_accuracy": [0.25]} for row in rows]
+
+
+def test_a_second_table_has_what_the_paper_does_not(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo", done=0)
+    write_part(run_dir, "rome", with_extras(result_rows(8, "demo", 9.0)), "part-0-0-8.parquet")
+    result = invoke(run_dir)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    first, second = (
+        lines.index(["Editor", *METRICS, "n", "dead"]),
+        lines.index(["Editor", "ES_strict", "n", "dead"]),
+    )
+    assert first < second
+    assert ["rome", "100.0", "8", "0"] in lines[second:]
+    assert ["unedited", "–", "40", "0"] in lines[second:]
+    assert "| Editor | ES_strict | n | dead |" in (run_dir / "table.md").read_text()
+    latex = (run_dir / "table.tex").read_text()
+    assert r"Editor & ES\_strict & n & dead \\" in latex
+    assert latex.count(r"\end{tabular}") == 2
+
+
+def test_zsre_has_the_shape_of_table_1_and_the_papers_rows_beside(tmp_path: Path) -> None:
+    run_dir = tmp_path / "demo"
+    run_dir.mkdir()
+    manifest = {"name": "demo", "records": 8, "editors": ["none", "rome", "ft"]}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    scores = {"rewrite_accuracy": [0.5], "paraphrase_accuracy": [0.0]}
+    rows = [{"run": "demo", "case_id": i, "status": OK, "attempts": 1} | scores for i in range(8)]
+    for editor in ("none", "rome"):
+        part = write_part(run_dir, editor, rows, "part-00000-000000-000008.parquet")
+        folder = run_dir / "results" / "benchmark=zsre" / "model=gpt2-xl" / part.parent.name
+        folder.mkdir(parents=True)
+        part.rename(folder / part.name)
+    table = invoke(run_dir, "--format", "markdown").stdout.splitlines()
+    assert table[0] == "**demo · zsre · gpt2-xl**"
+    assert table[2] == "| Editor | efficacy | paraphrase | specificity | n | dead |"
+    assert table[4:9] == [
+        "| unedited | 50.0 (± 0.0) | 0.0 (± 0.0) | – | 8 | 0 |",
+        "| unedited, published | 22.2 | 21.3 | 24.2 | – | – |",
+        "| rome | 50.0 (± 0.0) | 0.0 (± 0.0) | – | 8 | 0 |",
+        "| rome, published | 99.8 | 88.1 | 24.2 | – | – |",
+        "| ft | – | – | – | 0 | 0 |",
+    ]
+
+
 @pytest.mark.parametrize("size", [0, 60, 3000])
 def test_a_damaged_part_is_named_and_refused(tmp_path: Path, size: int) -> None:
     run_dir = make_run(tmp_path / "demo")

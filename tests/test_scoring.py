@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import oracle
 import pytest
@@ -11,12 +13,13 @@ import torch
 from test_rome import MAIN, close, one_thread, random_edits  # noqa: F401
 from tiny import no_narrowing  # noqa: F401
 
-from rome.deltas import Edit
+from rome.deltas import Edit, dense
 from rome.models import EditableModel
 from rome.records import Record
-from rome.scoring import generation
+from rome.scoring import generation, greedy
 from rome.scoring.generation import GenerationSettings, Start
-from rome.scoring.probabilities import Query, nll, score_records
+from rome.scoring.greedy import Question
+from rome.scoring.probabilities import Extras, Query, score, score_records
 
 # Targets of one and several tokens, one the beginning of another, after prompts that repeat, that
 # end in a space, and that another prompt with its target is the beginning of.
@@ -33,10 +36,15 @@ ROWS += [("The mother tongue of Žižek is", 2), ("東京", 3), ("東京", 0), (
 GENERATION = GenerationSettings(top_k=3, max_tokens=18, seed=5)
 
 
-def change(model: EditableModel, edit: Edit, layer: int) -> torch.Tensor:
-    delta = edit.deltas.get(model.weight_name(layer))
-    zeros = torch.zeros(16, 40, dtype=model.dtype)
-    return zeros if delta is None else delta.left_DR @ delta.right_KR.T
+@contextmanager
+def changed(model: EditableModel, edit: Edit) -> Iterator[None]:
+    """The model with an edit of layers 0 and 1 written into its weights, then as it was."""
+    with ExitStack() as stack:
+        for layer in (0, 1):
+            if delta := edit.deltas.get(model.weight_name(layer)):
+                change_DK = dense(delta)
+                stack.enter_context(oracle.edited(model, layer, change_DK))
+        yield
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
@@ -51,23 +59,22 @@ def test_probabilities_equal_those_of_one_target_at_a_time(
     edits = random_edits(model)
     expected = []
     for e, edit in enumerate(edits):
-        with (
-            oracle.edited(model, 0, change(model, edit, 0)),
-            oracle.edited(model, 1, change(model, edit, 1)),
-        ):
+        with changed(model, edit):
             expected += [oracle.nll(model, q.prompt, q.target) for q in QUERIES if q.edit == e]
     assert len(set(expected)) == 4 * 5 * 4  # One prompt comes twice; all else differs.
     order = random.Random(0).sample(range(len(QUERIES)), len(QUERIES))
     for budget in (1, 100, 10_000):
-        found = nll(model, [QUERIES[i] for i in order], edits, budget)
-        assert found == pytest.approx([expected[i] for i in order], rel=tolerance)
+        scores = score(model, [QUERIES[i] for i in order], edits, budget)
+        assert [one.nll for one in scores] == pytest.approx(
+            [expected[i] for i in order], rel=tolerance
+        )
 
 
 def test_probabilities_need_a_token_before_the_target() -> None:
     model = tiny.model("gpt2")
     with pytest.raises(ValueError, match="a token before it"):
-        nll(model, [Query(0, "", "Paris")], random_edits(model), 100)
-    assert nll(model, [], [], 100) == []
+        score(model, [Query(0, "", "Paris")], random_edits(model), 100)
+    assert score(model, [], [], 100) == []
 
 
 def test_records_keep_the_order_of_their_prompts() -> None:
@@ -77,7 +84,7 @@ def test_records_keep_the_order_of_their_prompts() -> None:
     records = [
         Record(
             i,
-            None,
+            ("P17", "P1")[i],
             "{} is in",
             name,
             *("Italy", "France", None, None),
@@ -88,21 +95,24 @@ def test_records_keep_the_order_of_their_prompts() -> None:
         )
         for i, name in enumerate(names[:2])
     ]
-    columns = score_records(model, records, edits, 200)
+    columns = score_records(model, records, edits, 200, Extras(True, {"P17": "{} has"}))
     for record, edit, column in zip(records, edits, columns, strict=True):
-        with (
-            oracle.edited(model, 0, change(model, edit, 0)),
-            oracle.edited(model, 1, change(model, edit, 1)),
-        ):
+        edited = f"{record.subject} is in Italy."
+        with changed(model, edit):
             for kind, texts in (
                 ("rewrite", [f"{record.subject} is in"]),
                 ("paraphrase", record.paraphrase_prompts),
                 ("neighborhood", record.neighborhood_prompts),
                 ("attribute", []),
+                ("neighborhood_plus", [f"{edited} {p}" for p in record.neighborhood_prompts]),
             ):
                 for target, text in (("new", "Italy"), ("true", "France")):
                     expected = [oracle.nll(model, prompt, text) for prompt in texts]
                     assert column[f"{kind}_nll_{target}"] == pytest.approx(expected, rel=1e-6)
+            for target, text in (("new", "Italy"), ("true", "France")):
+                expected = [oracle.nll(model, f"{text} has", record.subject)]
+                found = column.get(f"reversed_nll_{target}")
+                assert found == (pytest.approx(expected) if record.relation_id == "P17" else None)
 
 
 def starts(model: EditableModel) -> list[Start]:
@@ -122,10 +132,7 @@ def test_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> Non
     assert any(len(row.ids) > GENERATION.max_tokens for row in rows)
     expected = []
     for row in rows:
-        with (
-            oracle.edited(model, 0, change(model, edits[row.edit], 0)),
-            oracle.edited(model, 1, change(model, edits[row.edit], 1)),
-        ):
+        with changed(model, edits[row.edit]):
             draws = generation._draws(GENERATION, row.key).tolist()
             expected.append(oracle.generate(model, row.ids, draws, 3, GENERATION.max_tokens))
     for ids, row in zip(expected, rows, strict=True):
@@ -175,3 +182,61 @@ def test_context_texts_are_the_same_every_time() -> None:
     assert texts == generation.sample_context_texts(model, [(5, 3), (10, 2)], seed=0)
     assert texts != generation.sample_context_texts(model, [(5, 3), (10, 2)], seed=1)
     assert not any(tiny.END in text for text in texts)
+
+
+def said_plainly(model: EditableModel, prompt: str, target: str) -> list[int]:
+    """The likeliest token, again and again, one forward pass of the whole text for each."""
+    ids, target_ids = oracle.prompt_and_target(model.tokenizer, prompt, target)
+    said: list[int] = []
+    for _ in range(len(target_ids) + greedy.MORE_TOKENS):
+        said.append(int(oracle.log_probabilities(model, ids + said)[-1].argmax()))
+    return said
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.usefixtures("no_narrowing")
+def test_greedy_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> None:
+    model = tiny.model(family, "float64", kind)
+    edits = random_edits(model)
+    questions = [Question(e, p, t) for e in range(4) for p in PROMPTS[:4] for t in TARGETS[1:]]
+    expected = []
+    for question in questions:
+        with changed(model, edits[question.edit]):
+            ids = said_plainly(model, question.prompt, question.target)
+        text = str(model.tokenizer.decode(ids))
+        for special in model.tokenizer.all_special_tokens:
+            text = text.split(special)[0]
+        expected.append(greedy.until_stop(text, question.target))
+    assert len(set(expected)) > 20
+    order = random.Random(0).sample(range(len(questions)), len(questions))
+    for budget in (1, 100, 10_000):
+        found = greedy.say(model, [questions[i] for i in order], edits, budget)
+        assert found == [expected[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "kept"),
+    [
+        (" English.", "English", "English."),
+        (" English. He was", "English", "English."),
+        ("\n English\nQ:", "English", "English"),
+        (" English, and", "English", "English, and"),
+        (" St. Louis. It", "St. Louis", "St. Louis."),
+        (" St. Paul", "Paris", "St."),
+        (" 3.5 million! So", "3.5 million", "3.5 million!"),
+        ("  ", "Paris", ""),
+    ],
+)
+def test_what_is_said_ends_at_a_natural_stop(text: str, target: str, kept: str) -> None:
+    assert greedy.until_stop(text, target) == kept
+
+
+def test_a_prompt_that_fills_the_positions_is_answered_within_them() -> None:
+    model = tiny.model("gpt2")
+    long = Question(0, "東京" * 20 + " is", "Rome")
+    count = len(model.encode([long.prompt])[0].ids)
+    questions = [long, Question(0, "Rome is", "in Italy, which is in 1890 as in 2022")]
+    model.hf.config.max_position_embeddings = count + 2
+    found = greedy.say(model, questions, random_edits(model), 10_000)
+    assert found == [greedy.say(model, [one], random_edits(model), 1)[0] for one in questions]

@@ -91,7 +91,7 @@ def test_success_is_strict_and_magnitude_signed() -> None:
     assert metrics["EM"].to_list()[:2] == pytest.approx([gap, 0.0])
     assert metrics["PM"].to_list()[:2] == pytest.approx([0.0, 0.0])
     assert metrics["NM"].to_list()[:2] == pytest.approx([gap, 0.0])
-    assert metrics["protocol"].unique().to_list() == ["paper"]
+    assert metrics["protocol"].unique().to_list() == ["paper, strict"]
 
 
 def test_a_record_without_prompts_and_a_dead_letter_have_no_metrics() -> None:
@@ -103,6 +103,66 @@ def test_a_record_without_prompts_and_a_dead_letter_have_no_metrics() -> None:
     assert metrics["ES"].to_list() == [1.0, None]
     assert metrics["PS"].to_list() == [None, None]
     assert metrics["NM"].to_list() == [None, None]
+
+
+def test_strict_is_the_target_and_nothing_else() -> None:
+    targets = {"target_new": "St. Louis", "target_true": "Paris"}
+    rows = [
+        row(
+            0,
+            **targets,
+            rewrite_greedy=["St.  Louis."],
+            paraphrase_greedy=["St. Louis, and", "St. Louis"],
+            neighborhood_greedy=["Paris", "paris", "St. Louis", "Paris.", "In Paris"],
+        ),
+        row(1, **targets, rewrite_greedy=[""], paraphrase_greedy=[]),
+        row(2, target_new="a.b", neighborhood_target="No.", neighborhood_greedy=["No", "No."]),
+        row(3, **targets, rewrite_greedy=["St. Louis St. Louis"], paraphrase_greedy=["aSt. Louis"]),
+        row(4, target_new="a.b", rewrite_greedy=["axb"]),
+    ]
+    metrics = frame(rows).with_columns(record_metrics()).collect()
+    assert metrics["ES_strict"].to_list() == [1.0, 0.0, None, 0.0, 0.0]
+    assert metrics["PS_strict"].to_list() == [0.5, None, None, 0.0, None]
+    assert metrics["NS_strict"].to_list() == [0.4, None, 1.0, None, None]
+
+
+def test_accuracies_the_reversed_fact_and_neighbors_after_the_edited_sentence() -> None:
+    rows = [
+        row(
+            0,
+            rewrite_accuracy=[0.5],
+            paraphrase_accuracy=[0.0, 1.0],
+            neighborhood_accuracy=[0.25],
+            reversed_nll_new=[1.0],
+            reversed_nll_true=[2.0],
+            neighborhood_plus_nll_new=[1.0, 3.0, 1.0, 1.0],
+            neighborhood_plus_nll_true=[2.0, 2.0, 2.0, 1.0],
+        ),
+        row(1, reversed_nll_new=[2.0], reversed_nll_true=[2.0]),
+        row(2, status=ERROR, error="it failed", rewrite_accuracy=[1.0]),
+    ]
+    metrics = frame(rows).with_columns(record_metrics()).collect()
+    for name, values in {
+        "efficacy": [0.5, None, None],
+        "paraphrase": [0.5, None, None],
+        "specificity": [0.25, None, None],
+        "RVS": [1.0, 0.0, None],
+        "NS_plus": [0.25, None, None],
+    }.items():
+        assert metrics[name].to_list() == values, name
+    summary = summarize(frame(rows)).to_dicts()[0]
+    assert (summary["RVS"], summary["RVS_n"], summary["efficacy"]) == (50.0, 2, 50.0)
+    assert summary["RVS_half_width"] == pytest.approx(100 * 1.96 * 0.5 / 2**0.5)
+
+
+def test_rows_of_an_earlier_version_are_summarized() -> None:
+    rows = random_rows(5)
+    late = [name for name in RESULT_SCHEMA.names if name.endswith(("_accuracy", "_greedy"))]
+    late += [
+        name for name in RESULT_SCHEMA.names if name.startswith(("reversed", "neighborhood_p"))
+    ]
+    early = frame(rows).drop(*late, "neighborhood_target")
+    assert summarize(early).equals(summarize(frame(rows)))
 
 
 def test_means_and_the_papers_half_width() -> None:

@@ -5,16 +5,18 @@ Legend: B rows, T tokens, N scored tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from math import nan
+from statistics import fmean
 
 import torch
 
-from rome import prompts
+from rome import memory, prompts
 from rome.deltas import Edit, applied
 from rome.models import EditableModel
 from rome.records import Record
-from rome.results import PROMPT_KINDS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,29 @@ class Query:
     target: str
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a target."""
+
+    nll: float
+    """Mean over the target's tokens of -log p, in nats."""
+    accuracy: float
+    """Share of the target's tokens that are the likeliest where they stand, given those before."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is asked of a record beside the prompts of its benchmark."""
+
+    neighborhood_plus: bool = False
+    """The neighborhood prompts once more, after the edited sentence."""
+    reversed_prompts: Mapping[str, str] = field(default_factory=dict)
+    """Relation -> prompt with `{}` for the object, which the subject follows."""
+
+
+BENCHMARK_ONLY = Extras()
+
+
 @dataclass
 class _Row:
     """A sequence to run, and the (query, first target position, target ids) it answers."""
@@ -35,22 +60,29 @@ class _Row:
     answers: list[tuple[int, int, list[int]]]
 
 
-def nll(
+def score(
     model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit], token_budget: int
-) -> list[float]:
-    """Mean over the target's tokens of -log p, in nats, one per query.
+) -> list[Score]:
+    """One score per query.
 
-    Equal to scoring each query alone (reference code: `test_batch_prediction`). A row answers every
-    query whose tokens it starts with, so a prompt is run once for both of its targets where they
-    are single tokens. A batch holds at most `token_budget` tokens, padding included.
+    Equal to scoring each query alone (reference code: `test_batch_prediction` and, of zsRE,
+    `test_batch_prediction_acc`). A row answers every query whose tokens it starts with, so a prompt
+    is run once for both of its targets where they are single tokens. A batch holds at most
+    `token_budget` tokens, padding included.
     """
-    result = [0.0] * len(queries)
-    for rows in _batches(_rows(model, queries), token_budget):
-        _score(model, rows, edits, result)
+    result = [Score(nan, nan)] * len(queries)
+    for rows in _batches(_rows(model, queries, edits), token_budget):
+        found = memory.in_halves(lambda part: _score(model, part, edits), rows)
+        for row, scores in zip(rows, found, strict=True):
+            for (query, _, _), one in zip(row.answers, scores, strict=True):
+                result[query] = one
     return result
 
 
-def _rows(model: EditableModel, queries: Sequence[Query]) -> list[_Row]:
+def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit]) -> list[_Row]:
+    # Of records that run as the model is, equal prompts are run once.
+    unedited = min((e for e, edit in enumerate(edits) if not edit.deltas), default=0)
+    shared = [e if edit.deltas else unedited for e, edit in enumerate(edits)]
     texts = [prompts.with_target(query.prompt, query.target) for query in queries]
     needs = []
     for q, encoded in enumerate(model.encode(texts)):
@@ -59,7 +91,7 @@ def _rows(model: EditableModel, queries: Sequence[Query]) -> list[_Row]:
             raise ValueError(
                 f"a target needs a token before it, got the prompt {queries[q].prompt!r}"
             )
-        needs.append((queries[q].edit, encoded.ids[:-1], (q, start, encoded.ids[start:])))
+        needs.append((shared[queries[q].edit], encoded.ids[:-1], (q, start, encoded.ids[start:])))
     rows: list[_Row] = []
     # In descending order a sequence comes right after those that it is a beginning of.
     for edit, ids, answer in sorted(needs, key=lambda need: need[:2], reverse=True):
@@ -82,9 +114,8 @@ def _batches(rows: list[_Row], token_budget: int) -> Iterator[list[_Row]]:
 
 
 @torch.inference_mode()
-def _score(
-    model: EditableModel, rows: list[_Row], edits: Sequence[Edit], result: list[float]
-) -> None:
+def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[Score]]:
+    """One score for each answer of each row."""
     batch = prompts.pad([row.ids for row in rows], model.device)
     with applied(model, [edits[row.edit] for row in rows]):
         hidden_BTD = model.base(
@@ -94,42 +125,89 @@ def _score(
             use_cache=False,
         ).last_hidden_state
     places = [
-        (query, b, start - 1 + i, token)
+        (b, start - 1 + i, token)
         for b, row in enumerate(rows)
-        for query, start, target in row.answers
+        for _, start, target in row.answers
         for i, token in enumerate(target)
     ]
-    query_N, b_N, t_N, token_N = zip(*places, strict=True)
+    b_N, t_N, token_N = torch.tensor(places).T
     # Both targets of a prompt read the same position: its logits are computed once.
-    where, inverse_N = torch.unique(torch.tensor([b_N, t_N]), dim=1, return_inverse=True)
+    where, inverse_N = torch.unique(torch.stack([b_N, t_N]), dim=1, return_inverse=True)
     log_p_MV = model.logits(hidden_BTD[where[0], where[1]]).log_softmax(1)
-    log_p_N = log_p_MV[inverse_N.to(model.device), torch.tensor(token_N, device=model.device)]
-    lengths = {query: len(target) for row in rows for query, _, target in row.answers}
-    for query, log_p in zip(query_N, log_p_N.tolist(), strict=True):
-        result[query] -= log_p / lengths[query]
+    inverse_N, token_N = inverse_N.to(model.device), token_N.to(model.device)
+    log_p_N = log_p_MV[inverse_N, token_N]
+    likeliest_N = log_p_MV.argmax(1)[inverse_N] == token_N
+    log_p, likeliest = iter(log_p_N.tolist()), iter(likeliest_N.tolist())
+    return [
+        [
+            Score(-fmean(islice(log_p, len(target))), fmean(islice(likeliest, len(target))))
+            for _, _, target in row.answers
+        ]
+        for row in rows
+    ]
 
 
 def score_records(
-    model: EditableModel, records: Sequence[Record], edits: Sequence[Edit], token_budget: int
+    model: EditableModel,
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    token_budget: int,
+    extras: Extras = BENCHMARK_ONLY,
 ) -> list[dict[str, list[float]]]:
-    """The `*_nll_new` and `*_nll_true` columns of each record under its edit (same index)."""
-    queries: list[Query] = []
-    places: list[tuple[int, str]] = []
-    for r, record in enumerate(records):
-        by_kind = (
-            (record.request.text,),
-            record.paraphrase_prompts,
-            record.neighborhood_prompts,
-            record.attribute_prompts,
-        )
-        for kind, texts in zip(PROMPT_KINDS, by_kind, strict=True):
-            for target, text in (("new", record.target_new), ("true", record.target_true)):
-                queries += [Query(r, prompt, text) for prompt in texts]
-                places += [(r, f"{kind}_nll_{target}")] * len(texts)
-    columns: list[dict[str, list[float]]] = [
-        {f"{kind}_nll_{target}": [] for kind in PROMPT_KINDS for target in ("new", "true")}
-        for _ in records
+    """The columns `*_nll_new`, `*_nll_true` and `*_accuracy` of each record under its edit (same
+    index): one number per prompt; no column where the record has no such target."""
+    asked = [_asked(record, extras) for record in records]
+    queries = [
+        Query(r, prompt, target)
+        for r, columns in enumerate(asked)
+        for texts, target in columns.values()
+        for prompt in texts
     ]
-    for (r, column), value in zip(places, nll(model, queries, edits, token_budget), strict=True):
-        columns[r][column].append(value)
-    return columns
+    scores = iter(score(model, queries, edits, token_budget))
+    rows = []
+    for columns in asked:
+        row: dict[str, list[float]] = {}
+        for column, (texts, _) in columns.items():
+            found = list(islice(scores, len(texts)))
+            row[column] = [one.nll for one in found]
+            if column in _ACCURACIES:
+                row[_ACCURACIES[column]] = [one.accuracy for one in found]
+        rows.append(row)
+    return rows
+
+
+_ACCURACIES = {
+    "rewrite_nll_new": "rewrite_accuracy",
+    "paraphrase_nll_new": "paraphrase_accuracy",
+    "neighborhood_nll_true": "neighborhood_accuracy",
+}
+
+
+def _asked(record: Record, extras: Extras) -> dict[str, tuple[Sequence[str], str]]:
+    """The prompts and the target behind each column `*_nll_*` that the record has."""
+    rewrite = record.request.text
+    if record.target_true is None:
+        return {
+            "rewrite_nll_new": ((rewrite,), record.target_new),
+            "paraphrase_nll_new": (record.paraphrase_prompts, record.target_new),
+            "neighborhood_nll_true": (record.neighborhood_prompts, record.neighborhood_true),
+        }
+    targets = {"new": record.target_new, "true": record.target_true}
+    kinds: dict[str, Sequence[str]] = {
+        "rewrite": (rewrite,),
+        "paraphrase": record.paraphrase_prompts,
+        "neighborhood": record.neighborhood_prompts,
+        "attribute": record.attribute_prompts,
+    }
+    if extras.neighborhood_plus:
+        edited = prompts.with_target(rewrite, record.target_new)
+        kinds["neighborhood_plus"] = [f"{edited}. {p}" for p in record.neighborhood_prompts]
+    asked = {
+        f"{kind}_nll_{name}": (texts, target)
+        for kind, texts in kinds.items()
+        for name, target in targets.items()
+    }
+    if template := extras.reversed_prompts.get(record.relation_id or ""):
+        for name, target in targets.items():
+            asked[f"reversed_nll_{name}"] = ((template.replace("{}", target),), record.subject)
+    return asked
