@@ -2,66 +2,39 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
 from cluster.lock import RunLock
+from cluster.metrics import Metrics
+from cluster.nodes import draining_nodes, node_was_lost, workers_that_fit
 from cluster.progress import Progress
 from cluster.queue import Grid, Lease, LeaseTable
+from cluster.settings import RunSettings
+from cluster.slots import Slot, difference, in_one_line, what
+from cluster.store import patiently
 from cluster.worker import Booted, Report
 
 BOOT_FAILURES = 4
 """A run in which nothing works ends when one worker has failed to boot this often in a row."""
-STOP_SECONDS = 30.0
-"""How long leases in flight may go on after SIGINT or SIGTERM."""
+STOP_SECONDS = 25.0
+"""How long leases in flight may go on after SIGINT or SIGTERM: 30 s, less what an end takes."""
+LOOK_SECONDS = 2.0
+"""Between two looks at the cluster's nodes."""
+SLOW = 2.0
+"""An idle worker copies a lease that has taken so many times as long as leases take."""
+REST_SECONDS = 30.0
+"""Longest pause of a worker that could not write before it tries again."""
 
 
 class RunError(RuntimeError):
     """The run cannot go on. What is done is in the store; the same command resumes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """How a run uses the cluster; none of it changes a result."""
-
-    workers: int | Literal["auto"] = "auto"
-    """`"auto"`: as many as fit into the cluster when the run starts."""
-    num_cpus: float = 1
-    num_gpus: float = 0
-    """Of one worker; a fraction shares a GPU. With 0, the worker sees no GPU."""
-    max_attempts: int = 3
-    """How often a record may fail while alone before it becomes a dead letter."""
-    in_flight: int = 2
-    """Leases that a worker has at a time: one that it does and the next ones."""
-    record_seconds: float = 600
-    """A worker that takes longer than this times the records of its lease ends itself."""
-    boot_seconds: float = 1800
-    """A worker that takes longer to build its task ends itself."""
-    retry_dead: bool = False
-    """Do dead letters of former runs again."""
-
-
-@dataclass
-class _Slot:
-    """A place for a worker, filled again when its worker dies.
-
-    calls: what the worker was asked for, oldest first; None stands for its boot. since: when the
-    oldest of them began. failures: boots that failed in a row. spawn_at: not to be filled before.
-    """
-
-    name: str
-    worker: Any = None
-    ready: bool = False
-    calls: dict[ray.ObjectRef[Any], Lease | None] = field(default_factory=dict)
-    since: float = 0.0
-    failures: int = 0
-    spawn_at: float = 0.0
 
 
 class Driver:
@@ -73,14 +46,20 @@ class Driver:
         grid: Grid,
         settings: RunSettings,
         spawn: Callable[[], Any],
-        bury: Callable[[Lease, str], None],
+        bury: Callable[[Lease, str], object],
         expect: dict[str, Any] | None,
         progress: Progress,
+        metrics: Metrics,
     ) -> None:
         """spawn: makes a worker. bury: commits the dead letter of a lease with its error."""
         self._table, self._grid, self._settings = table, grid, settings
-        self._spawn, self._bury, self._expect, self._progress = spawn, bury, expect, progress
-        self._slots = [_Slot(str(number)) for number in range(self._number_of_workers())]
+        self._spawn, self._bury, self._expect = spawn, bury, expect
+        self._progress, self._metrics = progress, metrics
+        self._slots: list[Slot] = []
+        self._looked = 0.0
+        self._draining: set[str] = set()
+        self._row_seconds: deque[float] = deque(maxlen=64)
+        self._failing_since: float | None = None
 
     def drive(self, stop: threading.Event, lock: RunLock) -> bool:
         """Work until everything is done; returns whether `stop` ended it before."""
@@ -96,6 +75,7 @@ class Driver:
                         "a second signal drops them. The same command resumes."
                     )
                 if deadline is None:
+                    self._look()
                     self._fill()
                 elif not self._working() or time.monotonic() > deadline:
                     return True
@@ -105,17 +85,31 @@ class Driver:
             return False
         finally:
             for slot in self._slots:
-                self._end(slot)
+                slot.end()
 
-    def _number_of_workers(self) -> int:
-        """What the settings say, but no more than there are leases."""
-        wanted, fits = self._settings.workers, _workers_that_fit(self._settings)
-        if not fits:
+    def _look(self) -> None:
+        """Which nodes are there and which are about to leave; more slots for more nodes."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        draining = draining_nodes()
+        for node in draining - self._draining:
+            if workers := sum(slot.node == node for slot in self._slots):
+                self._progress.note(
+                    f"Node {node[:8]} will be taken away: its {workers} workers end their leases "
+                    "and move to other nodes."
+                )
+        self._draining = draining
+        fits, wanted = workers_that_fit(self._settings), self._settings.workers
+        if not fits and not self._slots:
             self._progress.note(
                 f"No node has room for a worker (num_cpus={self._settings.num_cpus:g}, "
                 f"num_gpus={self._settings.num_gpus:g}); waiting for one to join."
             )
-        return max(1, min(fits if wanted == "auto" else wanted, self._table.pending))
+        # No more than there are leases.
+        most = self._table.pending + sum(bool(slot.calls) for slot in self._slots)
+        number = max(1, min(fits if wanted == "auto" else wanted, most))
+        self._slots += [Slot(str(name)) for name in range(len(self._slots), number)]
 
     def _fill(self) -> None:
         """Replace dead workers while there is work for them, and hand out leases."""
@@ -123,82 +117,138 @@ class Driver:
         # The last leases go round one by one, so that nobody hoards while others idle.
         depth = self._settings.in_flight if self._table.pending > len(self._slots) else 1
         for slot in self._slots:
-            if slot.worker is None and self._table.pending and now >= slot.spawn_at:
+            if now < slot.rests_until:
+                continue
+            if slot.worker is None and self._table.pending:
                 slot.worker = self._spawn()
                 slot.calls[slot.worker.boot.remote()] = None
+            if slot.node in self._draining:
+                if not slot.calls:
+                    slot.end()
+                continue
             while slot.ready and len(slot.calls) < depth:
-                if (lease := self._table.lease(slot.name)) is None:
+                lease = self._table.lease(slot.name) or (not slot.calls and self._copy(slot, now))
+                if not lease:
                     break
                 if not slot.calls:
                     slot.since = now
                 slot.calls[slot.worker.work.remote(lease)] = lease
 
+    def _copy(self, idle: Slot, now: float) -> Lease | None:
+        """A lease of a worker that is so slow that an idle one may be done with it before."""
+        if not self._row_seconds:
+            return None
+        usual = statistics.median(self._row_seconds)
+        for slot in self._slots:
+            lease = slot.oldest
+            if lease is None or now - slot.since < SLOW * usual * lease.rows + 1:
+                continue
+            if lease.attempt == 1 and self._table.copy(idle.name, lease):
+                self._metrics.copied()
+                return lease
+        return None
+
     def _working(self) -> bool:
         return any(slot.ready and slot.calls for slot in self._slots)
 
     def _wait(self) -> None:
-        """Handle the next answer, if one comes within half a second."""
+        """Handle the answers that are there, or the next one if it comes within half a second."""
         slots = {ref: slot for slot in self._slots for ref in slot.calls}
         if not slots:
             time.sleep(0.1)
             return
-        for ref in ray.wait(list(slots), timeout=0.5)[0]:
-            self._handle(slots[ref], ref)
+        refs = list(slots)
+        if not (there := ray.wait(refs, num_returns=len(refs), timeout=0)[0]):
+            there = ray.wait(refs, timeout=0.5)[0]
+        for ref in there:
+            if ref in slots[ref].calls:  # One before it may have ended the worker.
+                self._handle(slots[ref], ref)
 
-    def _handle(self, slot: _Slot, ref: ray.ObjectRef[Any]) -> None:
+    def _handle(self, slot: Slot, ref: ray.ObjectRef[Any]) -> None:
         try:
             answer: Booted | Report = ray.get(ref)
         # Not only RayActorError: OutOfMemoryError is none, and an answer may fail to unpickle.
         except Exception as error:
-            self._lose(slot, _in_one_line(error))
+            self._lose(slot, in_one_line(error), node_was_lost(error))
             return
         if isinstance(answer, Booted):
             self._booted(slot, ref, answer)
-        elif answer.spoiled:
+        elif answer.blame == "worker":
             self._lose(slot, answer.failure or "")
         else:
-            lease = slot.calls.pop(ref)
-            slot.since = time.monotonic()
-            assert lease is not None
-            if answer.failure is None:
-                self._table.complete(slot.name, lease, answer.errors)
-            else:
-                self._progress.note(f"{_what(self._grid, lease)} failed: {answer.failure}")
-                self._settle(self._table.fail(slot.name, lease), answer.failure)
+            self._reported(slot, ref, answer)
 
-    def _booted(self, slot: _Slot, ref: ray.ObjectRef[Any], answer: Booted) -> None:
+    def _booted(self, slot: Slot, ref: ray.ObjectRef[Any], answer: Booted) -> None:
         if answer.failure is not None:
             self._lose(slot, answer.failure)
             return
         if self._expect is not None and answer.facts != self._expect:
-            raise RunError(_difference(self._expect, answer.facts))
+            raise RunError(difference(self._expect, answer.facts))
         del slot.calls[ref]
-        slot.ready, slot.failures = True, 0
+        slot.ready, slot.failures, slot.node = True, 0, answer.node
+        self._metrics.stages({"boot": answer.seconds})
 
-    def _lose(self, slot: _Slot, error: str) -> None:
+    def _reported(self, slot: Slot, ref: ray.ObjectRef[Any], report: Report) -> None:
+        lease, began = slot.calls.pop(ref), slot.since
+        slot.since = time.monotonic()
+        assert lease is not None
+        if report.failure is None:
+            self._row_seconds.append((slot.since - began) / lease.rows)
+            self._failing_since, slot.failures = None, 0
+            new = self._table.complete(slot.name, lease, report.errors)
+            self._metrics.finished(new, len(report.errors) if new else 0, report.written)
+            self._metrics.stages(report.seconds)
+        elif report.blame == "store":
+            self._store_failed(slot, lease, report.failure)
+        else:
+            self._note(f"{what(self._grid, lease)} failed: {report.failure}", lease)
+            self._settle(self._table.fail(slot.name, lease), report.failure, lease)
+
+    def _store_failed(self, slot: Slot, lease: Lease, error: str) -> None:
+        """Nobody's lease is to blame: wait for the store, but not for ever."""
+        self._table.give_back(slot.name, lease)
+        now, limit = time.monotonic(), self._settings.store_seconds
+        if self._failing_since is None:
+            self._failing_since = now
+            self._note(f"The store fails; trying for {limit:g} s: {error}", lease)
+        if now - self._failing_since > limit:
+            raise RunError(
+                f"The store has failed for {limit:g} s: {error}. When it works again (free space, "
+                "mend the connection, restore the file), the same command goes on."
+            )
+        slot.rest(REST_SECONDS)
+
+    def _lose(self, slot: Slot, error: str, node_lost: bool = False) -> None:
         """A worker is dead or must be: give its leases back and see that it is replaced."""
-        oldest = next(iter(slot.calls.values()), None)
-        was_ready, seconds = slot.ready, time.monotonic() - slot.since
-        self._end(slot)
+        oldest, was_ready = slot.oldest, slot.ready
+        seconds = time.monotonic() - slot.since
+        slot.end()
+        self._metrics.lost()
         if not was_ready:
-            slot.failures += 1
+            slot.rest(60.0)
             self._progress.note(f"Worker {slot.name} did not boot: {error}")
             if slot.failures >= BOOT_FAILURES and not any(other.ready for other in self._slots):
                 raise RunError(f"No worker boots; the last error was: {error}")
-            slot.spawn_at = time.monotonic() + min(60.0, 2.0 ** (slot.failures - 1))
             return
         if oldest is not None and seconds >= self._limit(oldest):
             error = f"no result within {self._limit(oldest):g} s; {error}"
-        what = _what(self._grid, oldest) if oldest else "nothing"
-        self._progress.note(f"Worker {slot.name} ended during {what}: {error}")
-        self._settle(self._table.lose(slot.name), error)
+        during = what(self._grid, oldest) if oldest else "nothing"
+        self._note(f"Worker {slot.name} ended during {during}: {error}", oldest)
+        lost = patiently(
+            lambda: self._table.lose(slot.name, node_lost), self._settings.store_seconds
+        )
+        self._settle(lost, error, oldest)
 
-    def _settle(self, exhausted: Lease | None, error: str) -> None:
+    def _settle(self, exhausted: Lease | None, error: str, failed: Lease | None) -> None:
         """Write the dead letter of a lease that had its last try."""
-        if exhausted is not None:
-            self._bury(exhausted, error)
-            errors = dict.fromkeys(self._grid.ids(exhausted), error)
-            self._table.complete("", exhausted, errors)
+        if exhausted is None:
+            if failed is not None:
+                self._metrics.retried(failed.rows)
+            return
+        patiently(lambda: self._bury(exhausted, error), self._settings.store_seconds)
+        errors = dict.fromkeys(self._grid.ids(exhausted), error)
+        self._table.complete("", exhausted, errors)
+        self._metrics.finished(exhausted.rows, exhausted.rows, 0)
 
     def _limit(self, lease: Lease) -> float:
         return self._settings.record_seconds * lease.rows
@@ -206,47 +256,21 @@ class Driver:
     def _expire(self) -> None:
         """End workers whose oldest lease is long overdue, which their own watchdog missed."""
         for slot in self._slots:
-            oldest = next(iter(slot.calls.values()), None)
+            oldest = slot.oldest
             if oldest and time.monotonic() - slot.since > 2 * self._limit(oldest) + 60:
                 self._lose(slot, "the worker did not end itself")
 
-    def _end(self, slot: _Slot) -> None:
-        if slot.worker is not None:
-            with suppress(Exception):  # It may be dead, and so may the cluster.
-                ray.kill(slot.worker)
-        slot.worker, slot.ready = None, False
-        slot.calls.clear()
+    def _note(self, text: str, lease: Lease | None) -> None:
+        fields = {"lease": lease.part, "case_ids": list(self._grid.ids(lease))} if lease else {}
+        self._progress.note(text, **fields)
 
     def _show(self) -> None:
-        ready = sum(slot.ready for slot in self._slots)
-        self._progress.update(len(self._table.done), len(self._table.dead), ready, len(self._slots))
-
-
-def _workers_that_fit(settings: RunSettings) -> int:
-    there: dict[str, float] = ray.cluster_resources()
-    needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
-    # The small term is for fractions: 1 // 0.1 is 9.
-    fits = [int(there.get(name, 0) / need + 1e-9) for name, need in needs.items() if need]
-    return min(fits, default=1)
-
-
-def _what(grid: Grid, lease: Lease) -> str:
-    ids = grid.ids(lease)
-    cases = f"case {ids[0]}" if len(ids) == 1 else f"cases {ids[0]} to {ids[-1]}"
-    return f"{cases} of {lease.group} (attempt {lease.attempt})"
-
-
-def _difference(expect: dict[str, Any], facts: dict[str, Any]) -> str:
-    lines = [
-        f"  {name}: the run has {expect.get(name)!r}, the worker has {facts.get(name)!r}"
-        for name in sorted(expect.keys() | facts.keys())
-        if expect.get(name) != facts.get(name)
-    ]
-    return "\n".join(["A worker is not what the run's manifest says:", *lines])
-
-
-def _in_one_line(error: BaseException) -> str:
-    """Ray's errors without the ids before and the guesses after what Ray knows."""
-    text = " ".join(str(error).split()).partition(" Some common causes")[0]
-    known = max(text.find("The actor is dead because"), 0)
-    return f"{type(error).__name__}: {text[known:]}"[:1000]
+        ready, done = sum(slot.ready for slot in self._slots), len(self._table.done)
+        self._progress.update(done, len(self._table.dead), ready, len(self._slots))
+        self._metrics.now(
+            left=self._table.total - done,
+            in_flight=sum(len(slot.calls) for slot in self._slots if slot.ready),
+            pending=self._table.pending,
+            ready=ready,
+            wanted=len(self._slots),
+        )

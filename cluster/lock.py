@@ -8,6 +8,7 @@ Whether a holder lives is seen from the file changing, not from clocks, which di
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -86,10 +87,17 @@ class RunLock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            holder: dict[str, Any] = json.loads(self._store.read_bytes(LOCK_NAME))
+            data = self._store.read_bytes(LOCK_NAME)
         except FileNotFoundError:
             return None
-        return holder
+        try:
+            holder: dict[str, Any] = json.loads(data)
+            if holder.keys() >= self._holder.keys():
+                return holder
+        except (ValueError, AttributeError):
+            pass
+        # Somebody's file that says nothing of use: alive if it changes, as every other.
+        return dict.fromkeys(self._holder, "unknown") | {"token": hashlib.sha256(data).hexdigest()}
 
     def _lives(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._holder["host"] and not _process_exists(other["pid"]):

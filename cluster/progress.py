@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
 from datetime import timedelta
+from typing import Any
 
 import rich.progress
 from rich.console import Console
 
 LOG_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class Rate:
@@ -33,9 +37,13 @@ class Rate:
 
 
 class Progress:
-    """Shows done/total, rate, time and workers on stderr for the length of a `with` block."""
+    """Shows done/total, rate, time and workers on stderr for the length of a `with` block.
 
-    def __init__(self, total: int, done: int) -> None:
+    json_of: the name of the run in a log of JSON objects; None for text.
+    """
+
+    def __init__(self, total: int, done: int, json_of: str | None = None) -> None:
+        self._json_of = json_of
         self._total, self._done, self._dead, self._workers = total, done, 0, (0, 0)
         self._rate = Rate()
         self._started = time.monotonic()
@@ -47,7 +55,7 @@ class Progress:
                 rich.progress.TextColumn("{task.description}"),
                 console=console,
             )
-            if console.is_terminal
+            if console.is_terminal and json_of is None
             else None
         )
 
@@ -75,9 +83,11 @@ class Progress:
             self._printed = now
             self.note(self.line())
 
-    def note(self, text: str) -> None:
-        """Say something once."""
-        if self._bar is not None:
+    def note(self, text: str, **fields: Any) -> None:
+        """Say something once; `fields` are of the JSON object."""
+        if self._json_of is not None:
+            log.info(text, extra={"run": self._json_of, **fields})
+        elif self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
@@ -85,13 +95,14 @@ class Progress:
     def line(self) -> str:
         now = time.monotonic()
         rate = self._rate.per_second(now)
-        left = _clock((self._total - self._done) / rate) if rate else "?"
+        left = clock((self._total - self._done) / rate) if rate else "?"
         return (
             f"{self._done}/{self._total}, {rate:.2f} rows/s, "
-            f"{_clock(now - self._started)} elapsed, {left} left, "
+            f"{clock(now - self._started)} elapsed, {left} left, "
             f"{self._workers[0]}/{self._workers[1]} workers, {self._dead} dead"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """H:MM:SS."""
     return str(timedelta(seconds=round(seconds)))

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from cluster.store import Store
+from cluster.store import DamagedError, Store
 
 Key = tuple[str, int]
+NODE_LOSSES = 5
+"""A lease during which so many nodes were lost is no longer innocent."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,31 @@ class Grid:
 
 @dataclass(frozen=True)
 class Found:
-    """The rows of some parts: each with its error or None, and how many rows were there twice."""
+    """The rows of some parts: each with its error or None, and how many rows were there twice.
+
+    damaged: the parts that are no whole Parquet files.
+    """
 
     errors: dict[Key, str | None]
     duplicates: int
+    damaged: list[str]
 
 
 def read_parts(store: Store, names: Sequence[str]) -> Found:
     """Read which rows the parts hold. Of two rows of one key, one without an error counts.
 
-    Raises ValueError naming the file where a part is not whole or has no case ids.
+    Raises ValueError naming the file where a part has no case ids.
     """
 
-    def read(name: str) -> list[tuple[int, str | None]]:
-        table = store.read_table(name, ("case_id", "error"))
+    def read(name: str) -> list[tuple[int, str | None]] | None:
+        try:
+            table = store.read_table(name, ("case_id", "error"))
+        except DamagedError:
+            return None
         if "case_id" not in table.column_names:
             raise ValueError(
-                f"{store.uri}/{name} has no column case_id: it is not a part of a run."
+                f"{store.uri}/{name} has no column case_id: it is not a part of a run. "
+                "Move it away and run the same command again."
             )
         ids = table["case_id"].to_pylist()
         errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(ids)
@@ -100,14 +110,18 @@ def read_parts(store: Store, names: Sequence[str]) -> Found:
 
     found: dict[Key, str | None] = {}
     rows = 0
+    damaged = []
     with ThreadPoolExecutor(16) as pool:
         for name, part in zip(names, pool.map(read, names), strict=True):
+            if part is None:
+                damaged.append(name)
+                continue
             group = name.rpartition("/")[0]
             rows += len(part)
             for case_id, error in part:
                 if error is None or (group, case_id) not in found:
                     found[group, case_id] = error
-    return Found(found, rows - len(found))
+    return Found(found, rows - len(found), damaged)
 
 
 class LeaseTable:
@@ -115,7 +129,8 @@ class LeaseTable:
 
     A worker does its leases in the order it got them. A lease of many records that failed or was
     lost is split into leases of one record; one of those that failed `max_attempts` times is
-    returned to the caller, who writes the dead letter and calls `complete`.
+    returned to the caller, who writes the dead letter and calls `complete`. Two workers may have
+    the same lease (`copy`): the first to complete it wins, and both write the same part.
     """
 
     def __init__(
@@ -128,13 +143,17 @@ class LeaseTable:
     ) -> None:
         """Read the parts of `groups` in the store and queue what is not in them.
 
-        With `retry_dead`, dead letters of former runs count as not done. Raises ValueError where a
-        part is broken or holds a case id that the grid does not know.
+        With `retry_dead`, dead letters of former runs count as not done. A damaged part is set
+        aside, and its rows are done again. Raises ValueError where a part is of something else or
+        holds a case id that the grid does not know.
         """
         self._store, self._grid, self._max_attempts = store, grid, max_attempts
         self.total = len(grid) * len(groups)
-        names = [name for group in groups for name in store.list(f"{group}/part-", ".parquet")]
-        found = read_parts(store, names)
+        self.set_aside: list[str] = []
+        """Where damaged parts are now."""
+        found = self._read(
+            [name for group in groups for name in store.list(f"{group}/part-", ".parquet")]
+        )
         self._refuse_strangers(found)
         self.duplicates = found.duplicates
         self.done: set[Key] = set()
@@ -144,6 +163,8 @@ class LeaseTable:
         }
         self._mark(found.errors)
         self._queues: dict[str, deque[Lease]] = {}
+        self._copied: set[Lease] = set()
+        self._node_losses: Counter[Lease] = Counter()
         self._pending: deque[Lease] = deque(
             lease for group in groups for whole in grid.leases(group) for lease in self._rest(whole)
         )
@@ -165,38 +186,65 @@ class LeaseTable:
         self._queues.setdefault(worker, deque()).append(lease)
         return lease
 
-    def complete(self, worker: str, lease: Lease, errors: Mapping[int, str]) -> None:
-        """The part of a lease is in the store; `errors` are its dead letters by case id."""
-        self._drop(worker, lease)
-        keys = self._keys(lease)
+    def copy(self, worker: str, lease: Lease) -> bool:
+        """Give a lease that another worker has to this one as well, once; returns whether."""
+        if lease in self._copied or self._keys(lease)[0] in self.done:
+            return False
+        self._copied.add(lease)
+        self._queues.setdefault(worker, deque()).append(lease)
+        return True
+
+    def complete(self, worker: str, lease: Lease, errors: Mapping[int, str]) -> int:
+        """The part of a lease is in the store; `errors` are its dead letters by case id.
+
+        Returns how many rows are new: none of a copy that came second.
+        """
+        for holder in list(self._queues) if lease in self._copied else [worker]:
+            self._drop(holder, lease)
+        before, keys = len(self.done), self._keys(lease)
         self._retrying.difference_update(keys)
         self._mark({key: errors.get(key[1]) for key in keys})
+        return len(self.done) - before
 
     def fail(self, worker: str, lease: Lease) -> Lease | None:
         """A worker could not do a lease and lives on. Returns it if that was its last try."""
         self._drop(worker, lease)
-        return self._again(lease)
+        return None if self._elsewhere(lease) else self._again(lease)
 
-    def lose(self, worker: str) -> Lease | None:
+    def give_back(self, worker: str, lease: Lease) -> None:
+        """A worker could not do a lease through no fault of its records."""
+        self._drop(worker, lease)
+        if not self._elsewhere(lease):
+            self._pending.appendleft(lease)
+
+    def lose(self, worker: str, node_lost: bool = False) -> Lease | None:
         """A worker died. Returns the lease to blame if that was its last try.
 
-        What it committed before it died is done. The oldest of what is left is to blame; the
-        others had not begun and go back as they were.
+        What it committed before it died is done. The oldest of what is left is to blame, unless the
+        whole node was lost; the others had not begun and go back as they were.
         """
-        queue = self._queues.pop(worker, deque())
+        queue = self._queues.get(worker, deque())
         left = [lease for lease in queue if not self._committed(lease)]
+        self._queues.pop(worker, None)
+        left = [lease for lease in left if not self._elsewhere(lease)]
         if not left:
             return None
         suspect, *innocent = left
         self._pending.extendleft(reversed(innocent))
+        if node_lost and self._node_losses[suspect] < NODE_LOSSES:
+            self._node_losses[suspect] += 1
+            self._pending.appendleft(suspect)
+            return None
         return self._again(suspect)
 
     def _again(self, lease: Lease) -> Lease | None:
+        # At the end of the queue: where workers are killed in a row for another reason, their
+        # records are tried again in quieter times.
         if lease.rows > 1:
             singles = [one for one in lease.singles() if self._keys(one)[0] not in self.done]
-            self._pending.extendleft(reversed(singles))
+            self._pending.extend(singles)
         elif lease.attempt < self._max_attempts:
-            self._pending.appendleft(replace(lease, attempt=lease.attempt + 1))
+            self._pending.append(replace(lease, attempt=lease.attempt + 1))
         else:
             return lease
         return None
@@ -204,8 +252,17 @@ class LeaseTable:
     def _committed(self, lease: Lease) -> bool:
         """Whether the store now has every row of a lease: in its own part or in parts of one."""
         names = {one.part for one in (lease, *lease.singles())}
-        self._mark(read_parts(self._store, [n for n in names if self._store.exists(n)]).errors)
+        self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
         return self.done.issuperset(self._keys(lease))
+
+    def _read(self, names: Sequence[str]) -> Found:
+        found = read_parts(self._store, names)
+        self.set_aside += [self._store.set_aside(name) for name in found.damaged]
+        return found
+
+    def _elsewhere(self, lease: Lease) -> bool:
+        """Whether some worker still has a lease."""
+        return lease in self._copied and any(lease in queue for queue in self._queues.values())
 
     def _mark(self, errors: Mapping[Key, str | None]) -> None:
         for key, error in errors.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +16,26 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from cluster.driver import Driver, RunError, RunSettings
+from cluster.driver import Driver, RunError
 from cluster.lock import LockedError, RunLock
+from cluster.metrics import Metrics
+from cluster.nodes import worker_options
 from cluster.progress import Progress
 from cluster.queue import Grid, Lease, LeaseTable
+from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.worker import Task, Worker
 
-__all__ = ["LockedError", "Outcome", "RunError", "RunSettings", "ensure_ray", "once", "run"]
+__all__ = [
+    "LockedError",
+    "Outcome",
+    "RunError",
+    "RunSettings",
+    "ensure_ray",
+    "once",
+    "run",
+    "stream",
+]
 
 DeadRow = Callable[[Lease, str, int], pa.Table]
 """Makes the one row of a dead letter from its lease of one record, the error, and the attempts."""
@@ -44,25 +57,22 @@ class Outcome:
     seconds: float
 
 
-def ensure_ray() -> None:
+def ensure_ray(settings: RunSettings) -> None:
     """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine.
 
     Never joins by itself some other cluster that happens to run here.
     """
     if ray.is_initialized():
         return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if settings.logs == "json":
+        quiet["logging_config"] = ray.LoggingConfig(encoding="JSON")
     # Nothing of size passes through the object store. Workers' errors come back as values.
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(**quiet)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **quiet)
 
 
 def run(
@@ -73,34 +83,44 @@ def run(
     dead_row: DeadRow,
     settings: RunSettings | None = None,
     expect: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Outcome:
     """Do every record of the grid for every group that has no row in the store yet.
 
     `make_task` is pickled and builds the task in each worker. `expect` is what the task's
-    `describe()` must be. Ray is not touched where nothing is left to do. Raises LockedError while
-    another driver works in `store`, ValueError where a part there is broken or of other data, and
-    RunError where workers differ from `expect` or none can boot.
+    `describe()` must be. `name` is what logs and metrics call the run. Ray is not touched where
+    nothing is left to do. Raises LockedError while another driver works in `store`, ValueError
+    where a part there is of other data, StoreError where the store cannot be used, and RunError
+    where workers differ from `expect`, none can boot, or none can write.
     """
+    name = name or store.uri
     settings = settings or RunSettings()
     started = time.monotonic()
     with RunLock(store) as lock:
         table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead)
+        for part in table.set_aside:
+            print(
+                f"note: a damaged part is now {store.uri}/{part}; its rows are done again",
+                file=sys.stderr,
+            )
         stopped = False
         if not table.finished:
-            ensure_ray()
-            with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
-                actor = ray.remote(Worker).options(max_restarts=0, **_resources(settings))
-                limits = (settings.record_seconds, settings.boot_seconds)
+            ensure_ray(settings)
+            json_of = name if settings.logs == "json" else None
+            shown = Progress(table.total, len(table.done), json_of)
+            with _stop_signals() as stop, shown as progress:
+                actor = ray.remote(Worker).options(max_restarts=0, **worker_options(settings))
                 driver = Driver(
                     table,
                     grid,
                     settings,
-                    spawn=lambda: actor.remote(make_task, store, grid, *limits),
+                    spawn=lambda: actor.remote(make_task, store, grid, settings, name),
                     bury=lambda lease, error: store.write_table(
                         lease.part, dead_row(lease, error, lease.attempt)
                     ),
                     expect=expect,
                     progress=progress,
+                    metrics=Metrics(name),
                 )
                 stopped = driver.drive(stop, lock)
             table = LeaseTable(store, groups, grid)
@@ -116,20 +136,23 @@ def run(
 
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
     """What a function answers where a worker of these settings would run. Raises RayError."""
-    ensure_ray()
-    return ray.get(ray.remote(function).options(**_resources(settings)).remote(*args))
+    ensure_ray(settings)
+    return ray.get(ray.remote(function).options(**worker_options(settings)).remote(*args))
 
 
-def _resources(settings: RunSettings) -> dict[str, Any]:
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # Idle threads that spin slow their neighbours.
-    if not settings.num_gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # num_gpus=0 alone hides none.
-    return {
-        "num_cpus": settings.num_cpus,
-        "num_gpus": settings.num_gpus,
-        "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": environment},
-    }
+def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Iterator[Any]:
+    """What a generator function yields where a worker of these settings would run, as it comes.
+
+    Ends early after SIGINT or SIGTERM. Raises RayError.
+    """
+    ensure_ray(settings)
+    # A retry would yield again from its own start, which Ray takes for what it has seen.
+    options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
+    with _stop_signals() as stop:
+        for reference in ray.remote(function).options(**options).remote(*args):
+            yield ray.get(reference)
+            if stop.is_set():
+                return
 
 
 @contextmanager

@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import os
 import posixpath
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+
+DAMAGED = "_damaged"
+_T = TypeVar("_T")
+
+
+class StoreError(OSError):
+    """The store is full, out of reach or closed to us: nobody's record is to blame."""
+
+
+class DamagedError(ValueError):
+    """A file is not what its name says."""
+
+
+def patiently(call: Callable[[], _T], seconds: float) -> _T:
+    """What `call` answers, asked again for so long while it raises StoreError."""
+    deadline, pause = time.monotonic() + seconds, 0.2
+    while True:
+        try:
+            return call()
+        except StoreError:
+            if time.monotonic() + pause > deadline:
+                raise
+            time.sleep(pause)
+            pause *= 2
 
 
 @dataclass(frozen=True)
@@ -21,6 +49,7 @@ class Store:
 
     Names are relative, with `/` between folders. A file is there whole or not at all, however the
     process that writes it ends. Picklable. Relative paths are made absolute when the store is made.
+    Every method raises StoreError where the store does not do what it is asked.
     """
 
     uri: str
@@ -50,9 +79,17 @@ class Store:
         parts = urlsplit(self.uri)
         return Store(parts._replace(path=posixpath.join(parts.path or "/", quote(path))).geturl())
 
+    def address(self, name: str) -> str:
+        """Of a file, for polars, which takes the path of a URI as it is and decodes nothing."""
+        path = self._path(name)
+        return path if self.is_local else f"{urlsplit(self.uri).scheme}://{path}"
+
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Commit a file; a file of that name is replaced."""
-        path = self._path(name)
+        with self._says():
+            self._write(self._path(name), data)
+
+    def _write(self, path: str, data: bytes | pa.Buffer) -> None:
         if not self.is_local:
             # One write of everything: an object store shows the object when the stream closes, and
             # also when an abandoned stream is garbage collected, so nothing may fail in between.
@@ -73,36 +110,58 @@ class Store:
                 os.unlink(temporary)
             raise
 
-    def write_table(self, name: str, table: pa.Table) -> None:
-        """Commit a table as one Parquet file; a file of that name is replaced."""
+    def write_table(self, name: str, table: pa.Table) -> int:
+        """Commit a table as one Parquet file, whose size is returned; one there is replaced."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        self.write_bytes(name, sink.getvalue())
+        data = sink.getvalue()
+        self.write_bytes(name, data)
+        return int(data.size)
 
     def read_bytes(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        with self._opened[0].open_input_stream(self._path(name)) as stream:
+        with self._says(), self._opened[0].open_input_stream(self._path(name)) as stream:
             data: bytes = stream.read()
         return data
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or those of `columns` that it has.
 
-        Raises FileNotFoundError where there is no such file, ValueError where it is no whole
+        Raises FileNotFoundError where there is no such file, DamagedError where it is no whole
         Parquet file.
         """
-        with self._opened[0].open_input_file(self._path(name)) as file:
+        path, chosen = self._path(name), columns and list(columns)
+        with self._says():
             try:
-                return pq.ParquetFile(file).read(columns=columns and list(columns))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{self._path(name)} is not a whole Parquet file ({error}). "
-                    "Move it away and run the same command again."
-                ) from error
+                with self._opened[0].open_input_file(path) as file:
+                    return pq.ParquetFile(file).read(columns=chosen)
+            except FileNotFoundError:
+                raise
+            except (pa.ArrowInvalid, OSError):
+                # Was it the store or the file? What is read whole and then fails is the file.
+                with self._opened[0].open_input_file(path) as file:
+                    data = file.read_buffer()
+        try:
+            return pq.ParquetFile(pa.BufferReader(data)).read(columns=chosen)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DamagedError(
+                f"{path} is not a whole Parquet file ({error}). "
+                "Restore it, or move it away if it is a result, and run the same command again."
+            ) from error
 
     def exists(self, name: str) -> bool:
-        info = self._opened[0].get_file_info(self._path(name))
+        with self._says():
+            info = self._opened[0].get_file_info(self._path(name))
         return bool(info.type == fs.FileType.File)
+
+    def committed(self, name: str) -> datetime:
+        """When a file was committed, by the store's clock. Raises FileNotFoundError."""
+        with self._says():
+            info = self._opened[0].get_file_info(self._path(name))
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(f"{self.uri}/{name}")
+        when: datetime = info.mtime
+        return when
 
     def list(self, prefix: str = "", suffix: str = "") -> list[str]:
         """The names that start with `prefix` and end with `suffix`, sorted, from all folders below.
@@ -110,22 +169,47 @@ class Store:
         Files and folders whose own name starts with `.` or `_` are not there; nor is anything in a
         folder that does not exist.
         """
+        return sorted(self.written(prefix, suffix))
+
+    def written(self, prefix: str = "", suffix: str = "") -> dict[str, datetime]:
+        """The names that `list` gives, and when each was committed, by the store's clock."""
         filesystem, root = self._opened
         folder = self._path(posixpath.dirname(prefix))
-        selector = fs.FileSelector(folder, recursive=True, allow_not_found=True)
-        names = (
-            posixpath.relpath(info.path, root)
-            for info in filesystem.get_file_info(selector)
+        with self._says():
+            infos = filesystem.get_file_info(
+                fs.FileSelector(folder, recursive=True, allow_not_found=True)
+            )
+        names = {
+            posixpath.relpath(info.path, root): info.mtime
+            for info in infos
             if info.type == fs.FileType.File
-        )
-        return sorted(
-            name
-            for name in names
+        }
+        return {
+            name: when
+            for name, when in names.items()
             if name.startswith(prefix)
             and name.endswith(suffix)
             and not any(part.startswith((".", "_")) for part in name.split("/"))
-        )
+        }
 
     def delete(self, name: str) -> None:
         """Remove a file. Raises FileNotFoundError where there is none."""
-        self._opened[0].delete_file(self._path(name))
+        with self._says():
+            self._opened[0].delete_file(self._path(name))
+
+    def set_aside(self, name: str) -> str:
+        """Move a damaged file to where no reader looks, and say where that is."""
+        aside = f"{DAMAGED}/{name}"
+        self.write_bytes(aside, self.read_bytes(name))
+        self.delete(name)
+        return aside
+
+    @contextmanager
+    def _says(self) -> Iterator[None]:
+        """Errors of any filesystem as StoreError, which says whose it is."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self.uri}: {error}") from error

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray
 
 from cluster.lock import LOCK_NAME
 from cluster.queue import Grid, Lease
-from cluster.store import Store
+from cluster.settings import RunSettings
+from cluster.store import DamagedError, Store, StoreError, patiently
+
+COMMIT_SECONDS = 5.0
+"""A worker tries again for so long before it gives a lease back that it cannot commit."""
+COMMIT_LIMIT = 600.0
+"""A worker whose commit hangs for so long ends itself."""
+STAGE = "seconds_"
+"""Columns of rows that start so are a record's seconds in a stage."""
+
+log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
@@ -28,7 +42,8 @@ class Task(Protocol):
 
         The table has a column `case_id` and may have a column `error`, null for rows that are fine.
         An exception fails the lease: its records are done again one by one, and one that fails
-        alone as often as the run allows becomes a dead letter.
+        alone as often as the run allows becomes a dead letter. Only StoreError and
+        DamagedError blame no record.
         """
 
     def verify(self) -> None:
@@ -41,23 +56,28 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Booted:
-    """What `Worker.boot` found: the task's facts, or why there is no task."""
+    """What `Worker.boot` found: the task's facts and its node, or why there is no task."""
 
     facts: dict[str, Any] = field(default_factory=dict)
+    node: str = ""
     failure: str | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Report:
     """What became of a lease; it is sent after the commit.
 
-    errors: the committed dead letters by case id. failure: why nothing was committed. spoiled: the
-    worker must not be used again.
+    errors: the committed dead letters by case id. failure: why nothing was committed, through whose
+    fault `blame` says: that of a record, of the worker, which must not be used again, or of the
+    store. seconds: by stage. written: bytes.
     """
 
     errors: dict[int, str] = field(default_factory=dict)
     failure: str | None = None
-    spoiled: bool = False
+    blame: Literal["record", "worker", "store"] = "record"
+    seconds: dict[str, float] = field(default_factory=dict)
+    written: int = 0
 
 
 def describe_error(error: BaseException) -> str:
@@ -89,18 +109,20 @@ class Worker:
         make_task: Callable[[], Task],
         store: Store,
         grid: Grid,
-        record_seconds: float,
-        boot_seconds: float,
+        settings: RunSettings,
+        name: str,
     ) -> None:
+        """name: of the run, for the logs."""
         self._make_task, self._store, self._grid = make_task, store, grid
-        self._record_seconds, self._boot_seconds = record_seconds, boot_seconds
+        self._settings, self._name = settings, name
         self._task: Task | None = None
         self._spoiled: str | None = None
 
     def boot(self) -> Booted:
         """Build the task. Apart from `__init__`, so that its failure is a value, not a death."""
+        started = time.monotonic()
         try:
-            with time_limit(self._boot_seconds):
+            with time_limit(self._settings.boot_seconds):
                 if not self._store.exists(LOCK_NAME):
                     raise FileNotFoundError(
                         f"node {os.uname().nodename} does not see {self._store.uri}/{LOCK_NAME}. "
@@ -108,32 +130,65 @@ class Worker:
                         "such as s3://bucket/folder."
                     )
                 self._task = self._make_task()
-                return Booted(self._task.describe())
+                facts, node = self._task.describe(), ray.get_runtime_context().get_node_id()
+                return Booted(facts, node, seconds=time.monotonic() - started)
         except Exception as error:
             return Booted(failure=describe_error(error))
 
     def work(self, lease: Lease) -> Report:
         """Do a lease and commit its part."""
         if self._spoiled or self._task is None:
-            return Report(failure=self._spoiled or "the worker did not boot", spoiled=True)
-        with time_limit(self._record_seconds * lease.rows):
+            return Report(failure=self._spoiled or "the worker did not boot", blame="worker")
+        report = self._do(self._task, lease)
+        log.info(
+            report.failure or "lease done",
+            extra={
+                "run": self._name,
+                "lease": lease.part,
+                "attempt": lease.attempt,
+                "case_ids": list(self._grid.ids(lease)),
+                "dead_letters": list(report.errors),
+                "seconds": report.seconds,
+            },
+        )
+        return report
+
+    def _do(self, task: Task, lease: Lease) -> Report:
+        failure: Report | None = None
+        started = time.monotonic()
+        with time_limit(self._settings.record_seconds * lease.rows):
             try:
-                table, failure = self._task.run(lease), None
+                table = task.run(lease)
+            except (StoreError, DamagedError) as error:
+                failure = Report(failure=describe_error(error), blame="store")
             except Exception as error:
-                table, failure = None, describe_error(error)
+                failure = Report(failure=describe_error(error))
+            ran = time.monotonic()
             try:
-                self._task.verify()
+                task.verify()
             except Exception as error:
                 self._spoiled = describe_error(error)
-                return Report(failure=self._spoiled, spoiled=True)
-            if failure is not None:
-                return Report(failure=failure)
-            try:
-                return Report(errors=self._commit(lease, table))
-            except Exception as error:
-                return Report(failure=describe_error(error))
+                return Report(failure=self._spoiled, blame="worker")
+        if failure is not None:
+            return failure
+        verified = time.monotonic()
+        try:
+            with time_limit(COMMIT_LIMIT):
+                errors, written = self._commit(lease, table)
+        except StoreError as error:
+            return Report(failure=describe_error(error), blame="store")
+        except Exception as error:
+            return Report(failure=describe_error(error))
+        seconds = {
+            "run": ran - started,
+            "verify": verified - ran,
+            "commit": time.monotonic() - verified,
+            **_stages(table),
+        }
+        return Report(errors, seconds=seconds, written=written)
 
-    def _commit(self, lease: Lease, table: pa.Table) -> dict[int, str]:
+    def _commit(self, lease: Lease, table: pa.Table) -> tuple[dict[int, str], int]:
+        """The dead letters of what was written, and its bytes."""
         ids = table["case_id"].to_pylist()
         if ids != list(self._grid.ids(lease)):
             raise ValueError(
@@ -141,10 +196,18 @@ class Worker:
                 f"expected {list(self._grid.ids(lease))}, got {ids}"
             )
         if "error" not in table.column_names or table["error"].null_count == lease.rows:
-            self._store.write_table(lease.part, table)
-            return {}
+            return {}, self._write(lease, table)
         # A dead letter is alone in its part, so that a retry replaces it (see cluster.queue).
-        for row, single in enumerate(lease.singles()):
-            self._store.write_table(single.part, table.slice(row, 1))
+        singles = enumerate(lease.singles())
+        written = sum(self._write(single, table.slice(row, 1)) for row, single in singles)
         errors = zip(ids, table["error"].to_pylist(), strict=True)
-        return {case_id: error for case_id, error in errors if error is not None}
+        return {case_id: error for case_id, error in errors if error is not None}, written
+
+    def _write(self, lease: Lease, table: pa.Table) -> int:
+        return patiently(lambda: self._store.write_table(lease.part, table), COMMIT_SECONDS)
+
+
+def _stages(table: pa.Table) -> dict[str, float]:
+    names = [name for name in table.column_names if name.startswith(STAGE)]
+    sums = {name.removeprefix(STAGE): pc.sum(table[name]).as_py() for name in names}
+    return {name: seconds for name, seconds in sums.items() if seconds is not None}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 from fake_task import GRID, GROUPS, FakeTask, drive
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
@@ -95,6 +97,30 @@ def test_a_killed_worker_loses_and_duplicates_nothing(tmp_path: Path) -> None:
         assert {i: row["square"] for i, row in rows(tmp_path, group).items()} == squares(CASES)
 
 
+def test_prometheus_can_read_what_the_run_did(tmp_path: Path) -> None:
+    drive(tmp_path, TWO, {101: "raise"}, groups=ONE_GROUP)
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    run = f'run="{tmp_path}/results"'
+
+    def lines(name: str) -> list[str]:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            text = answer.read().decode()
+        return [line for line in text.splitlines() if line.startswith(name) and run in line]
+
+    def value(name: str) -> float:
+        return sum(float(line.split()[-1]) for line in lines(name))
+
+    # Ray exports every ten seconds.
+    wait_for(lambda: value("ray_rome_records_done_total") == len(CASES))
+    assert value("ray_rome_records_failed_total") == 1
+    assert value("ray_rome_records_retried_total") == 4 + 2
+    assert value("ray_rome_bytes_written_total") > 1000
+    stages = {line.split('stage="')[1].split('"')[0] for line in lines("ray_rome_stage_seconds")}
+    assert stages == {"boot", "run", "verify", "commit"}
+    assert lines("ray_rome_workers_ready")
+
+
 def test_bad_records_get_a_row_and_their_neighbours_are_fine(tmp_path: Path) -> None:
     bad = {
         101: "raise",
@@ -103,7 +129,7 @@ def test_bad_records_get_a_row_and_their_neighbours_are_fine(tmp_path: Path) -> 
         115: "hang",
         118: "unpicklable",
     }
-    settings = RunSettings(workers=3, num_cpus=0.5, max_attempts=2, record_seconds=1)
+    settings = RunSettings(workers=3, num_cpus=0.5, max_attempts=2, record_seconds=2)
     outcome = drive(tmp_path, settings, bad, groups=ONE_GROUP)
     found = rows(tmp_path)
     assert sorted(found) == CASES
@@ -115,10 +141,12 @@ def test_bad_records_get_a_row_and_their_neighbours_are_fine(tmp_path: Path) -> 
     assert re.search(r"KeyError: 'case 101 is bad' \(fake_task.py:\d+\)", errors[101])
     assert errors[103] == "no such subject"
     assert "its worker process has died" in errors[110]
-    assert errors[115].startswith("no result within 1 s")
+    assert errors[115].startswith("no result within 2 s")
     assert "LocalError: odd" in errors[118]
-    # Once with its neighbours, then twice alone.
-    assert {times_run(tmp_path, case_id) for case_id in (101, 110, 115, 118)} == {3}
+    # Once with its neighbours, if none of them ended the worker before, then twice alone.
+    assert {times_run(tmp_path, case_id) for case_id in (101, 110, 118)} <= {2, 3}
+    # Idle workers may have copied the leases that hung.
+    assert times_run(tmp_path, 115) in (3, 4, 5)
     assert found[110]["attempts"] == 2
 
     # A repaired run does the dead letters again when asked, and only then.
@@ -155,9 +183,11 @@ def test_a_task_that_cannot_be_built_ends_the_run_with_its_error(
 
 
 def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> None:
-    worker = Worker(lambda: FakeTask(tmp_path), Store(tmp_path / "other"), GRID, 60, 60)
+    worker = Worker(
+        lambda: FakeTask(tmp_path), Store(tmp_path / "other"), GRID, RunSettings(), "a run"
+    )
     assert "must share the run directory" in (worker.boot().failure or "")
-    assert worker.work(Lease(GROUPS[0], 0, 0, 4)).spoiled
+    assert worker.work(Lease(GROUPS[0], 0, 0, 4)).blame == "worker"
 
 
 def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None:
@@ -167,7 +197,7 @@ def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None
 
     store = Store(tmp_path / "results")
     store.write_bytes(LOCK_NAME, b"")
-    worker = Worker(lambda: Forgetful(tmp_path), store, GRID, 60, 60)
+    worker = Worker(lambda: Forgetful(tmp_path), store, GRID, RunSettings(), "a run")
     assert worker.boot().failure is None
     report = worker.work(Lease(GROUPS[0], 0, 0, 4))
     assert "expected [100, 101, 102, 103], got [101, 102, 103]" in (report.failure or "")

@@ -88,3 +88,20 @@ def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="taken"):
         Store(tmp_path).write_bytes("taken", b"a folder has this name")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_write_that_the_disk_refuses_is_the_stores_fault(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal, sys\n"
+        "from cluster.store import Store, StoreError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try:\n"
+        "    Store(sys.argv[1]).write_bytes('part-0.parquet', bytes(100))\n"
+        "except StoreError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert f"{tmp_path}: [Errno 27] File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,53 @@
+"""What Ray knows of the nodes that a run has, and how a worker is placed on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster_state
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from cluster.settings import RunSettings
+
+
+def worker_options(settings: RunSettings) -> dict[str, Any]:
+    """Ray's options of a worker, or of a function that runs where a worker would."""
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}  # Idle threads that spin slow their neighbours.
+    if not settings.num_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # num_gpus=0 alone hides none.
+    return {
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": environment},
+    }
+
+
+def workers_that_fit(settings: RunSettings) -> int:
+    """How many workers the nodes of the cluster have room for, whoever uses it now."""
+    needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
+    return sum(
+        # The small term is for fractions: 1 // 0.1 is 9.
+        min(
+            (int(there.get(name, 0) / need + 1e-9) for name, need in needs.items() if need),
+            default=1,
+        )
+        for there in (node["Resources"] for node in ray.nodes() if node["Alive"])
+    )
+
+
+def draining_nodes() -> set[str]:
+    """The nodes that will be taken away soon, such as preempted ones; nothing new starts there."""
+    return set(cluster_state.get_draining_nodes())
+
+
+def node_was_lost(error: BaseException) -> bool:
+    """Whether an actor died because its node did, and not because of what it did.
+
+    Before Ray is sure of a node's death, its actors are unavailable: nobody there says how they
+    ended, while a living node reports the end of a process at once.
+    """
+    return isinstance(error, ActorUnavailableError) or (
+        isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error))
+    )

@@ -1,0 +1,33 @@
+"""How a run uses the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run uses the cluster; none of it changes a result."""
+
+    workers: int | Literal["auto"] = "auto"
+    """`"auto"`: as many as fit into the cluster, also when it grows. Of a number, those that do not
+    fit wait for a node."""
+    num_cpus: float = 1
+    num_gpus: float = 0
+    """Of one worker; a fraction shares a GPU. With 0, the worker sees no GPU."""
+    max_attempts: int = 3
+    """How often a record may fail while alone before it becomes a dead letter."""
+    in_flight: int = 2
+    """Leases that a worker has at a time: one that it does and the next ones."""
+    record_seconds: float = 600
+    """A worker that takes longer than this times the records of its lease ends itself."""
+    boot_seconds: float = 1800
+    """A worker that takes longer to build its task ends itself."""
+    store_seconds: float = 120
+    """A run ends when nothing could be written to the store for so long."""
+    retry_dead: bool = False
+    """Do dead letters of former runs again."""
+    logs: Literal["text", "json"] = "text"
+    """`"json"`: a JSON object a line on stderr, and from each worker in Ray's logs, with the run,
+    the lease and its case ids."""

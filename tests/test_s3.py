@@ -1,0 +1,167 @@
+"""The store, a run and its readers on a real S3 server process."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+import s3_server
+import tiny
+import yaml
+from chaos_faults import FAULTS, Scene, judge
+from chaos_nodes import Nodes, environment
+from chaos_task import Spec, write_records
+
+from cluster.lock import LOCK_NAME, LockedError, RunLock
+from cluster.queue import read_parts
+from cluster.store import Store, StoreError, patiently
+
+ROOT = Path(__file__).parents[1]
+TABLE = pa.table({"case_id": [1, 2, 3]})
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    if why := s3_server.install():
+        pytest.skip(why)
+    with s3_server.server() as variables, environment(variables) as everything:
+        yield everything
+
+
+@pytest.fixture
+def store(s3: dict[str, str], request: pytest.FixtureRequest) -> Store:
+    return Store(f"s3://{s3_server.BUCKET}/{request.node.name}/folder")
+
+
+def test_files_are_written_replaced_listed_and_deleted(store: Store) -> None:
+    assert store.list() == []
+    assert store.write_table("editor=x/part-0.parquet", TABLE) > 100
+    store.write_bytes("editor=x/_hidden", b"1")
+    store.sub("editor=x").write_bytes("note", b"1")
+    store.write_bytes("editor=x/note", b"22")
+    assert store.read_bytes("editor=x/note") == b"22"
+    assert store.list() == ["editor=x/note", "editor=x/part-0.parquet"]
+    assert store.list("editor=x/part-", ".parquet") == ["editor=x/part-0.parquet"]
+    assert store.read_table("editor=x/part-0.parquet").equals(TABLE)
+    assert not store.exists("editor=x/part-1.parquet")
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes("editor=x/part-1.parquet")
+    store.delete("editor=x/note")
+    assert not store.exists("editor=x/note")
+    age = time.time() - store.committed("editor=x/part-0.parquet").timestamp()
+    assert -5 < age < 60
+
+
+def test_a_damaged_part_is_set_aside(store: Store) -> None:
+    store.write_table("g/part-0.parquet", TABLE)
+    store.write_bytes("g/part-1.parquet", store.read_bytes("g/part-0.parquet")[:-10])
+    assert read_parts(store, store.list()).damaged == ["g/part-1.parquet"]
+    assert store.set_aside("g/part-1.parquet") == "_damaged/g/part-1.parquet"
+    assert store.list() == ["g/part-0.parquet"]
+
+
+def test_a_bucket_that_is_not_there_is_the_stores_fault(s3: dict[str, str]) -> None:
+    with pytest.raises(StoreError, match="s3://nowhere"):
+        Store("s3://nowhere/x").write_bytes("name", b"1")
+
+
+def test_a_store_that_comes_back_is_waited_for(store: Store) -> None:
+    calls = []
+
+    def write() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            Store("s3://nowhere/x").write_bytes("name", b"1")
+        return "written"
+
+    assert patiently(write, 5) == "written"
+    with pytest.raises(StoreError):
+        patiently(lambda: Store("s3://nowhere/x").write_bytes("name", b"1"), 0.1)
+
+
+def test_one_driver_at_a_time(store: Store) -> None:
+    with RunLock(store, beat=0.3), pytest.raises(LockedError, match=f"process {os.getpid()} "):
+        RunLock(store, beat=0.3).__enter__()
+    assert not store.exists(LOCK_NAME)
+    store.write_bytes(LOCK_NAME, b'{"host": ')  # Of a driver that nobody knows and that is gone.
+    with RunLock(store, beat=0.3) as lock:
+        assert lock.taken_by is None
+
+
+@pytest.mark.parametrize("fault", ["workers killed in a row", "driver killed", "two drivers"])
+def test_nothing_is_lost_or_there_twice(
+    s3: dict[str, str], nodes: Nodes, tmp_path: Path, fault: str
+) -> None:
+    root = f"s3://{s3_server.BUCKET}/chaos/{fault.replace(' ', '-')}"
+    spec = Spec(root, str(tmp_path), records=640, seconds=0.05)
+    write_records(spec)
+    scene = Scene(nodes, spec, random.Random(0), s3)
+    FAULTS[fault](scene)
+    verdict = judge(scene)
+    assert (verdict.lost, verdict.duplicated) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: dict[str, str]) -> Iterator[Nodes]:
+    nodes = Nodes(2)
+    yield nodes
+    nodes.shut()
+
+
+def test_records_results_table_and_status_are_all_there(
+    s3: dict[str, str], nodes: Nodes, tmp_path: Path
+) -> None:
+    root = f"s3://{s3_server.BUCKET}/whole"
+    model = tiny.model("gpt2")
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    config = {
+        "name": "tiny",
+        "model": {"name": "tiny-gpt2", "source": str(tmp_path / "model"), "dtype": "float32"},
+        "benchmark": f"{root}/records",
+        "editors": {"none": {}},
+        "scoring": {"generation": {"max_tokens": 90}},
+        "lease_records": 2,
+        "workers": {"num_cpus": 1, "workers": 2, "logs": "json"},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    variables = s3 | {"ROME_WORKSPACE": str(tmp_path), "RAY_ADDRESS": nodes.address}
+
+    def job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", f"jobs.{name}", *arguments],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    job("prepare", "everyday", "--out", f"{root}/records", "--limit", "6", "--shard-rows", "4")
+    said = job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/run").stderr
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert any(line.get("run") == "tiny" and "6/6" in line["message"] for line in lines)
+    logs = Path(s3["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
+    leases = [
+        json.loads(line)
+        for log in logs
+        for line in log.read_text().splitlines()
+        if '"lease done"' in line
+    ]
+    assert sorted(case for lease in leases for case in lease["case_ids"]) == list(range(6))
+    assert {lease["run"] for lease in leases} == {"tiny"}
+    assert "unedited" in job("reduce", f"{root}/run").stdout
+    assert "6 of 6 rows (100.0 %), 0 left" in job("status", f"{root}/run").stdout
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in s3.items():
+            patch.setenv(key, value)
+        rows = pl.read_parquet(f"{root}/run/results/**/*.parquet")
+    assert rows["status"].to_list() == ["ok"] * 6
