@@ -1,0 +1,134 @@
+"""python -m jobs.sweep CONFIG [--out DIR] [--layers 0,3,6] [--positions ...] [--set key=value ...]
+
+Edits at every layer and token position (Meng et al. 2022, Figure 5): a run of `jobs.evaluate` in
+which the row `rome` stands once for each of them, with one table and curves at the end.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, get_args
+
+import polars as pl
+import typer
+from ray.exceptions import RayError
+
+from cluster.lock import LockedError
+from cluster.run import RunError
+from cluster.store import Store
+from jobs import config as configs
+from jobs import figures
+from jobs.config import ConfigError, RunConfig
+from jobs.evaluate import STOPPED, evaluate
+from jobs.reduce import reduce
+from jobs.sources import say
+from rome import models
+from rome.editors.contexts import Position
+from rome.evaluation import ScoringSettings
+
+SWEEP = "sweep.parquet"
+_ROME = "rome"
+# Curves of ES, PS, NS and S need probabilities alone.
+_SCORING = ScoringSettings(None, strict=False, neighborhood_plus=False, reversed=False)
+
+
+def expanded(config: RunConfig, layers: Sequence[int], positions: Sequence[str]) -> RunConfig:
+    """The run with one editor for each layer and position instead of `rome`; others stay.
+
+    Raises ConfigError where the run has no editor `rome`, or a layer or position is none.
+    """
+    if _ROME not in config.editors:
+        raise ConfigError(f"a sweep needs the editor '{_ROME}' in the run, got {[*config.editors]}")
+    if wrong := set(positions) - set(get_args(Position)):
+        raise ConfigError(
+            f"positions must be among {', '.join(get_args(Position))}, got {sorted(wrong)}"
+        )
+    outline = models.outline(config.model.source, config.model.name)
+    for layer in layers:
+        outline.down_projection(layer)
+    settings = config.editors[_ROME]
+    grid = {
+        _name(layer, position): {
+            "editor": _ROME,
+            **settings,
+            "layer": layer,
+            "position": position,
+        }
+        for layer in layers or range(len(outline.layers))
+        for position in positions
+    }
+    others = {name: given for name, given in config.editors.items() if name != _ROME}
+    return replace(
+        config,
+        name=f"{config.name}-sweep",
+        editors=others | grid,
+        scoring=_SCORING,
+    )
+
+
+def _name(layer: int, position: str) -> str:
+    return f"rome@layer={layer},position={position}"
+
+
+def table(out: str, config: RunConfig) -> pl.DataFrame:
+    """The summary of a sweep with the columns layer and position, also written as `sweep.parquet`.
+
+    Rows of other editors have neither. GE and RS are left out: no text was written.
+    """
+    store = Store(out)
+    places = [
+        (name, settings["layer"], settings["position"])
+        for name, settings in config.editors.items()
+        if name.startswith(f"{_ROME}@")
+    ]
+    schema = {"editor": pl.String, "layer": pl.Int64, "position": pl.String}
+    frame = (
+        reduce([store.uri])
+        .join(pl.DataFrame(places, schema=schema, orient="row"), on="editor", how="left")
+        .drop("^(GE|RS)(_.*)?$")
+    )
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    store.write_bytes(SWEEP, buffer.getvalue())
+    return frame
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[str, typer.Argument(help="A run with the editor rome.")],
+    out: Annotated[
+        str | None, typer.Option(help="Run directory or URI [workspace/runs/NAME-sweep].")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers, separated by commas [all].")] = "",
+    positions: Annotated[str, typer.Option(help="Positions, separated by commas.")] = ",".join(
+        get_args(Position)
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
+    ] = None,
+) -> None:
+    """Edit at every layer and token, and draw the scores; the same line resumes."""
+    try:
+        chosen = [int(layer) for layer in layers.split(",") if layer]
+        run_config = expanded(configs.load(config, overrides or []), chosen, positions.split(","))
+        out = out or str(configs.workspace() / "runs" / run_config.name)
+        status = evaluate(run_config, out)
+        frame = table(out, run_config)
+        figures.save(Store(out), {"sweep": figures.sweep_curves(frame, run_config.model.name)})
+        best = frame.drop_nulls(["layer", "S"]).sort("S")
+        if status != STOPPED and not best.is_empty():  # Unfinished layers would not compare.
+            where = best.row(-1, named=True)
+            say(f"best S: {where['S']:.1f} at layer {where['layer']}, {where['position']}")
+    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    app()

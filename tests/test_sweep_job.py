@@ -1,0 +1,144 @@
+"""Edits at every token position, and jobs.sweep as a user runs it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import oracle
+import polars as pl
+import pytest
+import tiny
+import torch
+import yaml
+from test_rome import BUDGET, CLAMPED, close, parts, second_moment
+from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+
+from rome.editors.contexts import Position
+from rome.editors.rome import Rome
+from rome.second_moment import Solver
+
+ROOT = Path(__file__).parents[1]
+
+
+def position_of(position: str) -> Any:
+    """The index of a position by counting tokens from the front."""
+
+    def index(tokenizer: Any, prompt: str, subject: str) -> int:
+        before, after = prompt.rstrip().split("{}")
+        first = len(oracle.first(tokenizer))
+        start = first + len(oracle.tokens(tokenizer, before.removesuffix(" ")))
+        word = oracle.tokens(tokenizer, f" {subject}" if before else subject)
+        if tokenizer.decode(word[:1]) == " ":  # A space of its own is not the subject's.
+            start, word = start + 1, word[1:]
+        n = len(word)
+        end = start + n + len(oracle.tokens(tokenizer, after))
+        return {
+            "subject_first": start,
+            "subject_middle": start + (n - 1) // 2,
+            "subject_last": start + n - 1,
+            "subject_after": min(start + n, end - 1),
+            "last": end - 1,
+        }[position]
+
+    return index
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+@pytest.mark.parametrize("position", get_args(Position))
+@pytest.mark.usefixtures("no_narrowing")
+def test_an_edit_is_made_at_its_position(
+    family: str, position: Position, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the oracle, whose edited token is counted from the front."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(oracle, "subject_last", position_of(position))
+    model, moment = tiny.model(family), second_moment()
+    settings = replace(CLAMPED, position=position)
+    editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)
+    for request, edit in zip(REQUESTS, editor.edit(REQUESTS), strict=True):
+        expected = oracle.rome(model, settings, TEMPLATES, moment.mean(), request)
+        lambda_D, u_K = parts(edit)
+        assert close(u_K, expected.u_K, 1e-9)
+        assert close(lambda_D, expected.lambda_D, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 in float64, its run file, and a store of six records."""
+    folder = tmp_path_factory.mktemp("sweep")
+    model = tiny.model("gpt2")
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    config = {
+        "name": "tiny",
+        "model": {
+            "name": "tiny-gpt2",
+            "source": str(folder / "model"),
+            "dtype": "float64",
+            "second_moment": {"corpus": "self", "tokens": 2000},
+        },
+        "benchmark": str(folder / "records"),
+        "editors": {"none": {}, "rome": {"value": {"steps": 2}}},
+        "templates": {"texts": ["{}"]},
+        "lease_records": 6,
+        "workers": {"num_cpus": 0.5, "workers": 2},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "jobs.prepare", "everyday", "--out", str(folder / "records")]
+    subprocess.run([*command, "--limit", "6"], cwd=ROOT, check=True)
+    return folder
+
+
+def sweep(workspace: Path, ray_address: str, *options: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "jobs.sweep", str(workspace / "tiny.yaml")]
+    done = subprocess.run(
+        [*command, "--out", str(workspace / "out"), *options],
+        cwd=ROOT,
+        env=os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: str) -> None:
+    status, text = sweep(workspace, ray_address)
+    assert status == 0, text
+    frame = pl.read_parquet(workspace / "out" / "sweep.parquet")
+    places = frame.drop_nulls("layer").select("layer", "position").rows()
+    assert sorted(places) == sorted((n, p) for n in range(3) for p in get_args(Position))
+    assert (frame["n"] == 6).all()
+    assert frame.filter(editor="none")["layer"].to_list() == [None]
+    assert not {"GE", "RS"} & set(frame.columns)
+    rows = pl.read_parquet(workspace / "out" / "results/**/*.parquet", hive_partitioning=True)
+    losses = rows.filter(pl.col("editor") != "none").group_by("case_id").agg("edit_loss")
+    # Edits of one record at different places are different edits.
+    assert all(len({round(x, 12) for x in row}) > 10 for row in losses["edit_loss"])
+    assert (workspace / "out/figures/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "subject after" in (workspace / "out/figures/sweep.svg").read_text()
+    assert "best S" in text
+    # One pass over the corpus gave the second moments of all layers.
+    assert len(list(workspace.glob("second_moments/**/layer-*.safetensors"))) == 3
+    before = {p: p.stat().st_mtime_ns for p in workspace.glob("out/results/**/*.parquet")}
+    status, text = sweep(workspace, ray_address)
+    assert status == 0, text
+    assert before == {p: p.stat().st_mtime_ns for p in workspace.glob("out/results/**/*.parquet")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--positions", "middle"], "positions must be among subject_first"),
+        (["--layers", "1,3"], "layer must be from 0 to 2, got 3"),
+    ],
+)
+def test_places_that_are_none_are_refused(
+    workspace: Path, ray_address: str, options: list[str], message: str
+) -> None:
+    status, text = sweep(workspace, ray_address, *options)
+    assert status == 1
+    assert message in text
