@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup bench perf test clean
+.PHONY: setup bench perf chaos scale table1 table4 table-variants test clean
 
 setup: .venv/installed
 
@@ -23,6 +23,51 @@ bench: setup
 # The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
 perf: setup
 	$(BIN)/python tests/perf.py $(ARGS)
+
+# Every fault, over three seeds: lost, duplicated, attempts; docs/operations.md.
+chaos: setup
+	$(BIN)/python tests/chaos.py $(ARGS)
+
+# The driver's cost of a record and the use of 32 simulated workers; docs/scaling.md.
+scale: setup
+	$(BIN)/python tests/scale.py $(ARGS)
+
+# The paper's tables 4 and 1, and the variants of ROME, on SmolLM2 from the files in $(DATA): make the
+# stores and train the editors that are missing, evaluate, print. Every step resumes.
+DATA ?= ../shared/data
+STORES := $(WORKSPACE)/records
+
+table4: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-counterfact)
+	$(BIN)/python -m jobs.evaluate configs/runs/table4-smollm2.yaml \
+		--set benchmark=$(STORES)/counterfact_1618
+
+table1: $(STORES)/zsre_eval_537/manifest.json
+table1: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-zsre)
+	$(BIN)/python -m jobs.evaluate configs/runs/table1-smollm2.yaml \
+		--set benchmark=$(STORES)/zsre_eval_537
+
+table-variants: $(STORES)/counterfact_1618/manifest.json
+	$(BIN)/python -m jobs.evaluate configs/runs/variants-smollm2.yaml \
+		--set benchmark=$(STORES)/counterfact_1618
+	$(BIN)/python -m jobs.compare $(WORKSPACE)/runs/variants-smollm2
+
+# A training that is finished says how it went and ends.
+train-%-wiki: setup
+	$(BIN)/python -m jobs.train configs/train/$*-wiki.yaml \
+		--set data.corpus=$(DATA)/wiki_passages.txt
+
+train-%-counterfact: $(STORES)/counterfact_1618/manifest.json
+	$(BIN)/python -m jobs.train configs/train/$*-counterfact.yaml \
+		--set data.benchmark=$(STORES)/counterfact_1618
+
+train-%-zsre: $(STORES)/zsre_train_1000/manifest.json
+	$(BIN)/python -m jobs.train configs/train/$*-zsre.yaml \
+		--set data.benchmark=$(STORES)/zsre_train_1000
+
+$(STORES)/counterfact_1618/manifest.json: TEXTS = --reference-texts $(DATA)/reference_texts_substitute.json
+.PRECIOUS: $(STORES)/%/manifest.json
+$(STORES)/%/manifest.json: | setup
+	$(BIN)/python -m jobs.prepare $(DATA)/$*.json --out $(@D) $(TEXTS)
 
 test: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,9 @@ from cluster.run import RunSettings
 from jobs.sources import ROOT
 from rome.editors import EDITORS
 from rome.evaluation import ScoringSettings
+from rome.sequences import Grouping
+
+_GROUPING = [f.name for f in fields(Grouping)]
 
 
 class ConfigError(ValueError):
@@ -50,7 +53,8 @@ class ModelConfig:
     name: str
     source: str
     """See rome.models.load."""
-    dtype: Literal["float64", "float32", "bfloat16"]
+    dtype: Literal["float64", "float32", "tf32", "bfloat16"]
+    """float32 is the reference; bfloat16 is faster on CPUs with AMX and on GPUs, tf32 on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU that the worker was given, else the CPU."""
     second_moment: CorpusConfig = field(default_factory=CorpusConfig)
@@ -90,24 +94,50 @@ class RunConfig:
     """A name in configs/benchmarks, or the folder or URI of a prepared store."""
     editors: dict[str, dict[str, Any]]
     """Name of a row of the table -> settings; the key `editor` says which editor it is if the name
-    does not."""
+    does not, and those of `rome.sequences.Grouping` how many records share an edited model."""
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    keep_edits: bool = False
+    """Also write the edits themselves, see jobs.stored_edits. The dense ones of fine-tuning are as
+    large as the weights that they change, for each record."""
+    edits: str | None = None
+    """A run directory that kept its edits, which are scored instead of new ones."""
     token_budget: PositiveInt | None = None
     """Tokens of a forward pass at most, padding included; null takes what suits the device."""
     lease_records: PositiveInt = 8
     """Records that a worker takes at a time, and loses at most."""
     workers: RunSettings = field(default_factory=RunSettings)
 
-    def editor(self, name: str) -> tuple[str, Any]:
-        """The registered editor of a row and its settings. Raises ConfigError."""
-        given = dict(self.editors[name])
-        kind = given.pop("editor", name)
+    def kind(self, name: str) -> str:
+        """The registered editor of a row. Raises ConfigError."""
+        kind: str = self.editors[name].get("editor", name)
         if kind not in EDITORS:
             raise ConfigError(f"editors.{name}: {_unknown('editor', kind, EDITORS)}")
+        return kind
+
+    def takes_stored(self, name: str) -> bool:
+        """Whether a row's edits come from another run."""
+        return self.edits is not None and self.kind(name) != "none"
+
+    def editor(self, name: str) -> tuple[str, Any]:
+        """The registered editor of a row and its settings. Raises ConfigError."""
+        kind = self.kind(name)
+        taken = {*_GROUPING, "editor"}
+        given = {k: v for k, v in self.editors[name].items() if k not in taken}
         merged = _merge(self.model.editors.get(kind, {}), given)
         return kind, validate(EDITORS[kind].settings, merged, f"editors.{name}.")
+
+    def grouping(self, name: str) -> Grouping:
+        """How many records of a row share an edited model. Raises ConfigError."""
+        given = {k: v for k, v in self.editors[name].items() if k in _GROUPING}
+        grouping: Grouping = validate(Grouping, given, f"editors.{name}.")
+        if self.lease_records % grouping.size:
+            raise ConfigError(
+                f"lease_records must be a multiple of {grouping.size}, the records that share a "
+                f"model in editors.{name}, got {self.lease_records}"
+            )
+        return grouping
 
 
 def workspace() -> Path:
@@ -123,6 +153,25 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 
     Keys are dotted, values YAML. Raises ConfigError, naming file and key.
     """
+    data = filled(path, overrides)
+    config: RunConfig = validate(RunConfig, data, f"{path}: ")
+    if not config.editors:
+        raise ConfigError(f"{path}: editors must name at least one editor, such as none or rome")
+    for kind, settings in config.model.editors.items():
+        if kind not in EDITORS:
+            raise ConfigError(f"{path}: model.editors: {_unknown('editor', kind, EDITORS)}")
+        validate(EDITORS[kind].settings, settings, f"{path}: model.editors.{kind}.")
+    for name in config.editors:
+        config.editor(name)
+        config.grouping(name)
+    return config
+
+
+def filled(path: str | os.PathLike[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """What a config's file and overrides say, with the file of its model in the model's place.
+
+    Raises ConfigError where a file cannot be read or an override has no `=`.
+    """
     data = _read(Path(path))
     model = data.get("model")
     for override in overrides:
@@ -137,16 +186,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
         key, _, value = override.partition("=")
         if key != "model":
             _set(data, key.split("."), yaml.safe_load(value), key)
-    config: RunConfig = validate(RunConfig, data, f"{path}: ")
-    if not config.editors:
-        raise ConfigError(f"{path}: editors must name at least one editor, such as none or rome")
-    for kind, settings in config.model.editors.items():
-        if kind not in EDITORS:
-            raise ConfigError(f"{path}: model.editors: {_unknown('editor', kind, EDITORS)}")
-        validate(EDITORS[kind].settings, settings, f"{path}: model.editors.{kind}.")
-    for name in config.editors:
-        config.editor(name)
-    return config
+    return data
 
 
 def validate(kind: type, data: Any, where: str) -> Any:
@@ -179,7 +219,7 @@ def difference(old: Any, new: Any, key: str = "") -> list[str]:
 def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the run's manifest keeps it: JSON values, without what changes no result."""
     data = asdict(config)
-    del data["workers"], data["token_budget"]
+    del data["workers"], data["token_budget"], data["keep_edits"]
     plain_data: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(data)))
     return plain_data
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -18,7 +22,7 @@ from cluster.lock import LockedError
 from cluster.run import RunError, once, run
 from cluster.store import Store
 from jobs import config as configs
-from jobs import second_moment
+from jobs import second_moment, stored_edits
 from jobs.config import ConfigError, RunConfig
 from jobs.evaluation import (
     Evaluation,
@@ -30,7 +34,9 @@ from jobs.evaluation import (
 )
 from jobs.prepare import MANIFEST, prepare
 from jobs.reduce import reduce, show
-from jobs.sources import ROOT, benchmarks, say
+from jobs.sources import ROOT, benchmarks, reversed_prompts, say
+from jobs.training import trained
+from rome.editors import EDITORS
 from rome.summary import PROTOCOL
 
 DEAD_LETTERS = 3
@@ -45,6 +51,8 @@ def evaluate(config: RunConfig, out: str) -> int:
     """
     store = Store(out)
     records = record_store(config.benchmark)
+    if config.edits:  # Absolute, since a worker's folder is another.
+        config = replace(config, edits=Store(config.edits).uri)
     manifest = _manifest(config, store, records)
     benchmark = manifest["benchmark"]["name"]
     evaluation = Evaluation(
@@ -53,6 +61,9 @@ def evaluate(config: RunConfig, out: str) -> int:
         grid=grid_of(records, config.records, config.lease_records),
         templates=tuple(manifest["context_templates"]),
         second_moments={int(layer): file for layer, file in manifest["second_moments"].items()},
+        weights=manifest["weights"],
+        reversed_prompts=manifest["reversed_prompts"],
+        keep=store if config.keep_edits else None,
     )
     outcome = run(
         store.sub("results"),
@@ -62,11 +73,15 @@ def evaluate(config: RunConfig, out: str) -> int:
         evaluation.dead_row,
         config.workers,
         expect={"model_fingerprint": manifest["model_fingerprint"]},
+        name=config.name,
     )
     if outcome.done:
         show(reduce([store.uri]))
     if outcome.stopped or outcome.done < outcome.total:
-        say(f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes")
+        say(
+            f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes: "
+            + shlex.join(sys.orig_argv)
+        )
         return STOPPED
     for group, case_id, error in outcome.dead:
         say(f"dead letter: {group} case {case_id}: {error}")
@@ -91,14 +106,21 @@ def record_store(benchmark: str) -> Store:
 
 def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
     """The run's manifest: the one there, if it is of the same run, or a new one, written first."""
-    data: dict[str, Any] = json.loads(records.read_bytes(MANIFEST))
+    data = _read_manifest(
+        records, ("name", "version", "fingerprint"), "Prepare the records again with jobs.prepare."
+    )
     now = {
         "config": configs.plain(config),
         "benchmark": {key: data[key] for key in ("name", "version", "fingerprint")},
         "protocol": PROTOCOL,
     }
     if store.exists(MANIFEST):
-        there: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
+        there = _read_manifest(
+            store,
+            (*now, "code", "model_fingerprint", "context_templates", "second_moments"),
+            "Restore it. Or, if this is the config that the run began with, move it away: the same "
+            "line writes it again and goes on with the rows that are there.",
+        )
         if changed := configs.difference({key: there.get(key) for key in now}, now):
             raise ConfigError(
                 f"{store.uri} holds another run; choose another --out, or go back to what it has:\n"
@@ -107,22 +129,48 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
         return there
-    files = second_moment.ensure(config)
+    weights = _weights(config)  # Refused at once where they are not there.
+    files = {} if config.edits else second_moment.ensure(config)
     facts = once(model_facts, config, settings=config.workers)
     manifest = {
         "name": config.name,
         **now,
         **facts,
+        "reversed_prompts": reversed_prompts(),
         "editors": list(config.editors),
         "records": len(grid_of(records, config.records, config.lease_records)),
         "records_store": records.uri,
         "second_moments": {
             str(layer): {"file": file, "sha256": file_sha256(file)} for layer, file in files.items()
         },
+        "weights": {
+            name: {"file": file, "sha256": file_sha256(file)} for name, file in weights.items()
+        },
         "code": _code(),
     }
+    if config.edits:
+        stored_edits.check(config, manifest)
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     return manifest
+
+
+def _read_manifest(store: Store, keys: Sequence[str], way_out: str) -> dict[str, Any]:
+    """Raises ValueError with the way out where the file is not a whole manifest."""
+    try:
+        manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
+    except ValueError as error:
+        raise ValueError(f"{store.uri}/{MANIFEST} is damaged ({error}). {way_out}") from None
+    if not isinstance(manifest, dict) or (missing := set(keys) - manifest.keys()):
+        lacks = ", ".join(sorted(missing)) if isinstance(manifest, dict) else "everything"
+        raise ValueError(f"{store.uri}/{MANIFEST} is damaged: it lacks {lacks}. {way_out}")
+    return manifest
+
+
+def _weights(config: RunConfig) -> dict[str, str]:
+    """The trained weights that the run's editors need: name -> file. Raises ConfigError."""
+    editors = [config.editor(name) for name in config.editors if not config.takes_stored(name)]
+    names = {EDITORS[kind].trained(settings) for kind, settings in editors}
+    return {name: trained(name) for name in sorted(filter(None, names))}
 
 
 def _code() -> dict[str, str]:
@@ -147,10 +195,19 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override one key: key=value.")
     ] = None,
+    edits: Annotated[
+        str | None, typer.Option(help="Score the edits that this run kept: edits=RUN_DIR.")
+    ] = None,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="Do dead letters again: workers.retry_dead=true.")
+    ] = False,
 ) -> None:
     """Evaluate every editor of a run over its records; the same line resumes."""
+    given = [*(overrides or [])]
+    given += ["workers.retry_dead=true"] if retry_dead else []
+    given += [f"edits={json.dumps(edits)}"] if edits else []
     try:
-        run_config = configs.load(config, overrides or [])
+        run_config = configs.load(config, given)
         status = evaluate(run_config, out or str(configs.workspace() / "runs" / run_config.name))
     except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
         say(f"error: {error}")

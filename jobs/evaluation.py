@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -17,9 +17,13 @@ import pyarrow.compute as pc
 
 from cluster.queue import Grid, Lease
 from cluster.store import Store
+from jobs import stored_edits
 from jobs.config import RunConfig, SliceConfig
 from jobs.pinned import load_model
+from jobs.stored_edits import KeptEdits, StoredEdits
 from rome import prompts, records, second_moment
+from rome.deltas import Edit
+from rome.edit_files import Origin
 from rome.editors import EDITORS, Editor, Resources
 from rome.evaluation import TOKEN_BUDGETS, evaluate
 from rome.models import EditableModel
@@ -27,6 +31,7 @@ from rome.results import ERROR, OK, RESULT_SCHEMA
 from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts
 from rome.second_moment import Solver
+from rome.sequences import grouped
 from rome.summary import record_metrics
 
 
@@ -34,6 +39,11 @@ def group_of(config: RunConfig, benchmark: str, editor: str) -> str:
     """The hive path of an editor's parts."""
     values = {"benchmark": benchmark, "model": config.model.name, "editor": editor}
     return "/".join(f"{key}={quote(value, safe='')}" for key, value in values.items())
+
+
+def editor_of(lease: Lease) -> str:
+    """The row of the table whose parts `group_of` names."""
+    return unquote(lease.group.rpartition("editor=")[2])
 
 
 def grid_of(store: Store, chosen: SliceConfig, lease_records: int) -> Grid:
@@ -59,6 +69,12 @@ class Evaluation:
     templates: tuple[str, ...]
     second_moments: dict[int, dict[str, str]] = field(default_factory=dict)
     """Layer -> `file`, readable on every node, and its `sha256`."""
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Name of trained weights -> the same."""
+    reversed_prompts: dict[str, str] = field(default_factory=dict)
+    """Relation -> prompt, see `rome.scoring.probabilities.Extras`."""
+    keep: Store | None = None
+    """The run directory, where it keeps its edits."""
 
     def row(self, case_id: int, **values: Any) -> dict[str, Any]:
         return {"run": self.config.name, "case_id": case_id, "attempts": 1, **values}
@@ -74,6 +90,9 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
 
+_Done = tuple[dict[str, Any], Edit]
+
+
 class EvaluationTask:
     """A model pinned in a worker, its editors, and the weights' hash to come back to."""
 
@@ -84,8 +103,19 @@ class EvaluationTask:
         default = TOKEN_BUDGETS[self.model.device.type]
         self.token_budget = evaluation.config.token_budget or default
         self.solver = cache(self._solver)
+        # Leases follow each other in a shard.
+        self._shard = lru_cache(maxsize=1)(
+            lambda n: evaluation.records.read_table(f"shard-{n:05d}.parquet")
+        )
+        # The records of one group, leased one by one, are evaluated once.
+        self._evaluate_once = lru_cache(maxsize=1)(self._evaluate)
         # Built now, so that what is missing ends the run at once instead of failing each record.
-        self.editors = {name: self._editor(name) for name in evaluation.config.editors}
+        self.editors = {
+            name: self._editor(name)
+            for name in evaluation.config.editors
+            if not evaluation.config.takes_stored(name)
+        }
+        self._stored = cache(self._stored_edits)
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}
@@ -100,25 +130,55 @@ class EvaluationTask:
 
     def run(self, lease: Lease) -> pa.Table:
         evaluation = self.evaluation
+        name = editor_of(lease)
+        size = evaluation.config.grouping(name).size
+        done = self._evaluate(lease) if size == 1 else self._grouped(lease, size)
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        if evaluation.keep and evaluation.config.kind(name) != "none":
+            model = evaluation.config.model.name
+            origin = Origin(editor=name, model=model, model_fingerprint=self.fingerprint)
+            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
+        return _table(
+            [
+                evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
+                for row, _ in done
+            ]
+        )
+
+    def _grouped(self, lease: Lease, size: int) -> list[_Done]:
+        """The rows of a lease from those of the groups that it is of.
+
+        After a failure a lease is a single record, whose group is edited again as a whole.
+        """
+        rows = []
+        for start in range(lease.start // size * size, lease.stop, size):
+            group = self._evaluate_once(replace(lease, start=start, stop=start + size, attempt=1))
+            rows += group[max(lease.start - start, 0) : lease.stop - start]
+        return rows
+
+    def _evaluate(self, lease: Lease) -> list[_Done]:
+        evaluation = self.evaluation
         ids = evaluation.grid.ids(lease)
-        shard = evaluation.records.read_table(f"shard-{lease.shard:05d}.parquet")
+        shard = self._shard(lease.shard)
         chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
-        name = unquote(lease.group.rpartition("editor=")[2])
-        done = evaluate(
+        stored = evaluation.config.takes_stored(name := editor_of(lease))
+        editor = self._stored(lease.group).of(ids) if stored else self.editors[name]
+        kept = KeptEdits(editor)
+        rows = evaluate(
             self.model,
-            self.editors[name],
+            kept,
             records.from_table(chosen),
             evaluation.config.scoring,
             self.references,
             self.token_budget,
+            evaluation.reversed_prompts,
         )
-        worker = f"{socket.gethostname()}:{os.getpid()}"
-        return _table(
-            [
-                evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
-                for row in done
-            ]
-        )
+        return list(zip(rows, kept.made, strict=True))
+
+    def _stored_edits(self, group: str) -> StoredEdits:
+        assert self.evaluation.config.edits is not None
+        run = Store(self.evaluation.config.edits)
+        return StoredEdits(run, group, self.model, self.fingerprint)
 
     @cached_property
     def references(self) -> ReferenceTexts | None:
@@ -131,13 +191,11 @@ class EvaluationTask:
 
     def _solver(self, layer: int) -> Solver:
         known = self.evaluation.second_moments[layer]
-        if (now := file_sha256(known["file"])) != known["sha256"]:
-            raise ValueError(
-                f"{known['file']} must be the second moment that the run began with: its sha256 "
-                f"was {known['sha256'][:16]} and is {now[:16]}; restore it, or begin another run"
-            )
-        moment, _ = second_moment.load(known["file"])
+        moment, _ = second_moment.load(_unchanged(known, "second moment"))
         return Solver(moment)
+
+    def _weights(self, name: str) -> Path:
+        return Path(_unchanged(self.evaluation.weights[name], "trained network"))
 
     def _editor(self, name: str) -> Editor:
         kind, settings = self.evaluation.config.editor(name)
@@ -146,8 +204,10 @@ class EvaluationTask:
             self.evaluation.templates,
             self.solver,
             self.token_budget,
+            self._weights,
         )
-        return EDITORS[kind].build(resources, settings)
+        editor = EDITORS[kind].build(resources, settings)
+        return grouped(self.model, editor, self.evaluation.config.grouping(name))
 
 
 def model_facts(config: RunConfig) -> dict[str, Any]:
@@ -158,6 +218,16 @@ def model_facts(config: RunConfig) -> dict[str, Any]:
         sample_context_texts(model, chosen.lengths, chosen.seed)
     )
     return {"model_fingerprint": model.fingerprint(), "context_templates": list(templates)}
+
+
+def _unchanged(known: dict[str, str], what: str) -> str:
+    """A `file` whose content still has the `sha256` that the manifest says."""
+    if (now := file_sha256(known["file"])) != known["sha256"]:
+        raise ValueError(
+            f"{known['file']} must be the {what} that the run began with: its sha256 "
+            f"was {known['sha256'][:16]} and is {now[:16]}; restore it, or begin another run"
+        )
+    return known["file"]
 
 
 def file_sha256(file: str) -> str:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from rome.deltas import Edit
 from rome.editors import Editor
 from rome.models import EditableModel
 from rome.records import Record
-from rome.scoring import generation, probabilities, text_metrics
+from rome.scoring import generation, greedy, probabilities, text_metrics
 from rome.scoring.generation import GenerationSettings
+from rome.scoring.probabilities import Extras
 
 
 @dataclass(frozen=True)
 class ScoringSettings:
     """How edits are scored."""
 
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    generation: GenerationSettings | None = field(default_factory=GenerationSettings)
+    """Null writes no texts, and so has no GE and RS."""
+    strict: bool = True
+    """What the model says greedily, beside the probabilities: ES_strict, PS_strict, NS_strict."""
+    neighborhood_plus: bool = True
+    """The neighborhood prompts once more, each after the edited sentence: NS_plus."""
+    reversed: bool = True
+    """The reversed fact, where the relation has a prompt in configs/facts/reversed.yaml: RVS."""
 
 
 TOKEN_BUDGETS = {"cpu": 1024, "cuda": 8192}
@@ -34,18 +43,27 @@ def evaluate(
     settings: ScoringSettings,
     references: text_metrics.ReferenceTexts | None,
     token_budget: int,
+    reversed_prompts: Mapping[str, str] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """One row per record: the columns of RESULT_SCHEMA that the science fills in.
 
     `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
-    tokens of a forward pass at most. Seconds are the record's equal share of the batch's.
+    tokens of a forward pass at most. `reversed_prompts`: see `Extras`. Seconds are the record's
+    equal share of the batch's.
     """
     began = time.perf_counter()
     edits = editor.edit([record.request for record in records])
     edited = time.perf_counter()
-    nlls = probabilities.score_records(model, records, edits, token_budget)
+    extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
+    scores = probabilities.score_records(model, records, edits, token_budget, extras)
     scored = time.perf_counter()
-    texts = _texts(model, records, edits, settings.generation, token_budget)
+    said: list[dict[str, list[str]]] = [{} for _ in records]
+    if settings.strict:
+        said = greedy.say_records(model, records, edits, token_budget)
+    spoken = time.perf_counter()
+    texts: list[list[str]] = [[] for _ in records]
+    if settings.generation:
+        texts = _texts(model, records, edits, settings.generation, token_budget)
     generated = time.perf_counter()
     return [
         {
@@ -55,14 +73,17 @@ def evaluate(
             "prompt": record.prompt,
             "target_new": record.target_new,
             "target_true": record.target_true,
-            **nlls[r],
+            "neighborhood_target": record.neighborhood_target,
+            **scores[r],
+            **said[r],
             "texts": texts[r],
             "GE": text_metrics.ngram_entropy(texts[r]) if texts[r] else None,
             "RS": _reference_score(references, record, texts[r]),
             **{f"edit_{name}": value for name, value in edits[r].health.items()},
             "seconds_edit": (edited - began) / len(records),
             "seconds_probabilities": (scored - edited) / len(records),
-            "seconds_generation": (generated - scored) / len(records),
+            "seconds_greedy": (spoken - scored) / len(records),
+            "seconds_generation": (generated - spoken) / len(records),
         }
         for r, record in enumerate(records)
     ]

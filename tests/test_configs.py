@@ -102,6 +102,61 @@ def test_a_row_of_its_own_overrides_the_model(run_file: Path) -> None:
     assert rome(config, "far").value == rome(config).value
 
 
+PUBLISHED = yaml.safe_load((CONFIGS / "published.yaml").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "benchmark", "below"),
+    [
+        ("table1", "gpt2-xl", "zsre", 10000),
+        ("table4-gpt2-xl", "gpt2-xl", "counterfact", 7500),
+        ("table4-gpt-j", "gpt-j-6b", "counterfact", 2000),
+        *(("table5", model, "counterfact", 7500) for model in ("gpt2-medium", "gpt2-large")),
+        *(("table6", model, "zsre", 10000) for model in ("gpt2-medium", "gpt2-large")),
+    ],
+)
+def test_a_table_has_the_papers_rows_and_slice(
+    run: str, model: str, benchmark: str, below: int
+) -> None:
+    config = configs.load(CONFIGS / "runs" / f"{run}.yaml", [f"model={model}"])
+    assert (config.model.name, config.benchmark) == (model, benchmark)
+    assert config.records.case_id_below == below
+    assert PUBLISHED[benchmark][model].keys() <= config.editors.keys()
+
+
+@pytest.mark.parametrize(("twin", "full"), [("table1", "table1"), ("table4", "table4-gpt2-xl")])
+def test_a_twin_has_the_rows_of_its_table(twin: str, full: str) -> None:
+    small, large = (configs.load(CONFIGS / "runs" / f"{n}.yaml") for n in (f"{twin}-smollm2", full))
+    assert list(small.editors) == list(large.editors)
+    assert [small.editor(name)[0] for name in small.editors] == [
+        large.editor(name)[0] for name in large.editors
+    ]
+    assert (small.model.name, small.records.limit) == ("smollm2-135m", 200)
+
+
+def test_published_values_agree_with_each_other() -> None:
+    """S is the harmonic mean of ES, PS and NS, as far as rounded values can tell."""
+    checked = 0
+    for rows in PUBLISHED["counterfact"].values():
+        for name, row in rows.items():
+            if "ES" in row:
+                mean = 3 / sum(1 / row[metric] for metric in ("ES", "PS", "NS"))
+                assert row["S"] == pytest.approx(mean, abs=0.11), name
+                checked += 1
+    assert checked == 14
+
+
+def test_variants_differ_in_what_they_are_named_after() -> None:
+    config = configs.load(CONFIGS / "runs" / "variants-smollm2.yaml")
+    settings = {name: rome(config, name) for name in config.editors if name != "none"}
+    assert {name: (s.keys, s.second_moment) for name, s in settings.items()} == {
+        "rome": ("mixed", True),
+        "r-rome": ("mean", True),
+        "rome-prompt": ("prompt", True),
+        "rome-identity": ("mixed", False),
+    }
+
+
 def test_set_reaches_into_editors_and_model(run_file: Path) -> None:
     config = configs.load(
         run_file,
@@ -152,7 +207,10 @@ def test_set_model_changes_the_model_before_its_keys(run_file: Path) -> None:
         ("model=gpt2-xxl", "unknown model 'gpt2-xxl'; did you mean 'gpt2-xl'?"),
         ("records.limit=many", "records.limit: Input should be a valid integer"),
         ("records.limit.x=1", "records.limit: Input should be a valid integer, got {'x': 1}"),
-        ("model.dtype=float16", "model.dtype: Input should be 'float64', 'float32' or 'bfloat16'"),
+        (
+            "model.dtype=float16",
+            "model.dtype: Input should be 'float64', 'float32', 'tf32' or 'bfloat16'",
+        ),
         ("editors.rome.value.steps=soon", "editors.rome.value.steps: Input should be a valid int"),
         ("editors.rome.keys=some", "keys: Input should be 'mixed', 'mean' or 'prompt', got 'some'"),
         ("name.x=1", "--set name.x: 'name' is 'test' and has no keys"),

@@ -1,0 +1,246 @@
+"""Groups of records that share an edited model, against weights written one by one by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import tiny
+import torch
+import yaml
+from oracle import edited
+from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+
+from cluster.store import Store
+from jobs import config as configs
+from jobs.config import ConfigError
+from jobs.evaluation import Evaluation, EvaluationTask, grid_of
+from rome.deltas import DenseDelta, Edit, LowRankDelta, dense
+from rome.editors import Editor, Unedited
+from rome.editors.rome import Rome, RomeSettings
+from rome.editors.values import ValueSettings
+from rome.evaluation import ScoringSettings, evaluate
+from rome.models import EditableModel
+from rome.records import Record, Request, to_table
+from rome.scoring.generation import GenerationSettings
+from rome.sequences import Grouping, grouped
+
+LAYER = 1
+SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)
+SCORING = ScoringSettings(generation=GenerationSettings(max_tokens=16))
+RECORDS = [
+    Record(
+        case_id=i,
+        relation_id="P1",
+        prompt=request.prompt,
+        subject=request.subject,
+        target_new=request.target,
+        target_true="Japan",
+        target_new_id=None,
+        target_true_id=None,
+        paraphrase_prompts=(f"In 1890, {request.subject} was",),
+        neighborhood_prompts=("The Tokyo Tower is in", "The capital of Italy is"),
+        attribute_prompts=(),
+        generation_prompts=(f"{request.subject} is",),
+    )
+    for i, request in enumerate(REQUESTS)
+]
+
+
+class Dense:
+    """The same changes as another editor's, every second of them as a dense delta."""
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor, self.count = editor, 0
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        edits = []
+        for edit in self.editor.edit(requests):
+            self.count += 1
+            if self.count % 2:
+                deltas = {name: DenseDelta(dense(delta)) for name, delta in edit.deltas.items()}
+                edit = replace(edit, deltas=deltas)
+            edits.append(edit)
+        return edits
+
+
+class Joined:
+    """Edits requests together, as one change that is the sum of the changes that each wants."""
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        return self.editor.edit(requests)
+
+    def edit_together(self, requests: Sequence[Request]) -> Edit:
+        edits = self.editor.edit(requests)
+        (name,) = edits[0].deltas
+        change_DK = torch.stack([dense(edit.deltas[name]) for edit in edits]).sum(0)
+        return Edit(requests[0], {name: DenseDelta(change_DK)}, {"steps": 3})
+
+
+def rome(model: EditableModel) -> Rome:
+    return Rome(model, SETTINGS, TEMPLATES, None, 300)
+
+
+def scores(model: EditableModel, editor: Editor, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What must be the same however the model was edited."""
+    rows = evaluate(model, editor, records, SCORING, None, 400)
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def by_hand(model: EditableModel, scored: Literal["after", "end"]) -> list[dict[str, Any]]:
+    """Each edit is written into the weight before the next one; records are scored as they are."""
+    rows, healths = [], []
+    with ExitStack() as stack:
+        for record in RECORDS:
+            (edit,) = rome(model).edit([record.request])
+            (delta,) = edit.deltas.values()
+            stack.enter_context(edited(model, LAYER, dense(delta)))
+            healths.append({f"edit_{name}": value for name, value in edit.health.items()})
+            if scored == "after":
+                rows += scores(model, Unedited(), [record])
+        if scored == "end":
+            rows = scores(model, Unedited(), RECORDS)
+    return [row | health for row, health in zip(rows, healths, strict=True)]
+
+
+def check_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if isinstance(value, float) or "_nll_" in name:
+                assert value == pytest.approx(other[name], rel=1e-7, abs=1e-12), name
+            else:
+                assert value == other[name], name
+
+
+@pytest.mark.parametrize("scored", ["after", "end"])
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+@pytest.mark.usefixtures("no_narrowing")
+def test_a_sequence_equals_weights_written_by_hand(
+    family: str, scored: Literal["after", "end"]
+) -> None:
+    model = tiny.model(family)
+    before = model.fingerprint()
+    expected = by_hand(model, scored)
+    editor = grouped(model, rome(model), Grouping(sequence=len(RECORDS), scored=scored))
+    rows = scores(model, editor, RECORDS)
+    check_same(rows, expected)
+    # That it is a sequence matters: all edits but the first are others than they would be alone.
+    alone = scores(model, rome(model), RECORDS)
+    same = [
+        row["edit_loss"] == pytest.approx(one["edit_loss"], rel=1e-9)
+        for row, one in zip(rows, alone, strict=True)
+    ]
+    assert same == [True, False, False, False, False]
+    first, alone_first = (made[0]["rewrite_nll_new"] for made in (rows, alone))
+    assert (first == pytest.approx(alone_first, rel=1e-9)) == (scored == "after")
+    assert model.fingerprint() == before
+
+
+def test_ranks_add_up_and_dense_deltas_combine() -> None:
+    model = tiny.model("gpt2")
+    low = grouped(model, rome(model), Grouping(sequence=5, scored="after")).edit(REQUESTS)
+    ranks = []
+    for edit in low:
+        (delta,) = edit.deltas.values()
+        assert isinstance(delta, LowRankDelta)
+        ranks.append(delta.left_DR.shape[1])
+    assert ranks == [1, 2, 3, 4, 5]
+    mixed = grouped(model, Dense(rome(model)), Grouping(sequence=5, scored="after")).edit(REQUESTS)
+    for one, other in zip(low, mixed, strict=True):
+        (a,), (b,) = one.deltas.values(), other.deltas.values()
+        assert isinstance(b, DenseDelta)
+        assert torch.allclose(dense(a), dense(b), rtol=1e-9, atol=1e-12)
+
+
+def test_together_is_one_edit_for_all() -> None:
+    model = tiny.model("gpt2")
+    joined = Joined(rome(model))
+    edits = grouped(model, joined, Grouping(edits_per_model=5)).edit(REQUESTS)
+    assert [edit.request for edit in edits] == REQUESTS
+    assert {id(delta) for edit in edits for delta in edit.deltas.values()} == {
+        id(delta) for delta in edits[0].deltas.values()
+    }
+    assert all(edit.health == {"steps": 3} for edit in edits)
+    with pytest.raises(ValueError, match="Rome, which has no edit_together"):
+        grouped(model, rome(model), Grouping(edits_per_model=5))
+
+
+def test_a_failed_edit_leaves_the_weights_as_they_were() -> None:
+    model = tiny.model("gpt2")
+    before = model.fingerprint()
+    editor = grouped(model, rome(model), Grouping(sequence=3))
+    with pytest.raises(ValueError, match=r"'\{\}'"):
+        editor.edit([REQUESTS[0], REQUESTS[1], Request("no braces", "Bob", "Rome")])
+    assert model.fingerprint() == before
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (2, 2), (-1, 1)])
+def test_a_group_is_made_in_one_way(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"got {sizes[0]} and {sizes[1]}"):
+        Grouping(*sizes)
+
+
+def run_file(folder: Path, **row: Any) -> Path:
+    """A run of ROME on a tiny GPT-2 over the records, two of them a lease, in shards of three."""
+    model = tiny.model("gpt2")
+    model.hf.save_pretrained(folder / "model")
+    model.tokenizer.save_pretrained(folder / "model")
+    store = Store(folder / "records")
+    for i in range(2):
+        store.write_table(f"shard-{i:05d}.parquet", to_table(RECORDS[3 * i : 3 * i + 3]))
+    source = {"name": "tiny-gpt2", "source": str(folder / "model"), "dtype": "float64"}
+    settings = {"layer": LAYER, "second_moment": False, "value": {"steps": 3}}
+    config = {
+        "name": "tiny",
+        "model": source,
+        "benchmark": store.uri,
+        "editors": {"many": {"editor": "rome", **settings, **row}},
+        "scoring": {"generation": {"max_tokens": 24}},
+        "lease_records": 2,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_a_record_that_is_leased_alone_is_scored_in_its_group(tmp_path: Path) -> None:
+    """As after a failure: the model of a record does not depend on how leases were split."""
+    config = configs.load(run_file(tmp_path, sequence=2))
+    store = Store(tmp_path / "records")
+    grid = grid_of(store, config.records, config.lease_records)
+    task = EvaluationTask(Evaluation(config, store, grid, tuple(TEMPLATES)))
+    group = "benchmark=records/model=tiny-gpt2/editor=many"
+    leases = list(grid.leases(group))
+    assert [lease.rows for lease in leases] == [2, 1, 2]
+    whole = [row for lease in leases for row in task.run(lease).to_pylist()]
+    # Backwards, so that no group is still known from the record before.
+    singles = [single for lease in leases for single in lease.singles()]
+    parts = {single: task.run(single).to_pylist() for single in reversed(singles)}
+    task.verify()
+    assert [row["case_id"] for row in whole] == [record.case_id for record in RECORDS]
+    for row, single in zip(whole, singles, strict=True):
+        (one,) = parts[single]
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in row.items() if "seconds" not in k
+        }
+    assert whole[0]["edit_loss"] != whole[1]["edit_loss"]
+
+
+def test_a_group_must_fit_into_its_lease_and_into_its_editor(tmp_path: Path) -> None:
+    path = run_file(tmp_path, sequence=4)
+    with pytest.raises(ConfigError, match=r"multiple of 4, .* editors\.many, got 2"):
+        configs.load(path)
+    config = configs.load(path, ["lease_records=8", "editors.many.scored=after"])
+    assert config.grouping("many") == Grouping(sequence=4, scored="after")
+    with pytest.raises(ConfigError, match=r"editors\.many\..*one of them 1, got 2 and 4"):
+        configs.load(path, ["lease_records=8", "editors.many.edits_per_model=2"])
+    with pytest.raises(ConfigError, match=r"many\.scored: .*'after' or 'end', got 'often'"):
+        configs.load(path, ["lease_records=8", "editors.many.scored=often"])
