@@ -1,0 +1,174 @@
+"""python -m rome edit --prompt "{} is located in" --subject "The Eiffel Tower" --target Rome
+
+One fact, before and after its edit. `show` does the same with an edit that was written to a file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import exp
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from rome import edit_files, library, models, peft_export
+from rome.deltas import Edit
+from rome.editors import EDITORS
+from rome.evaluation import TOKEN_BUDGETS
+from rome.models import EditableModel
+from rome.records import Request
+from rome.scoring import greedy, probabilities
+from rome.scoring.generation import UNEDITED
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_CONFIGS = Path(__file__).parents[1] / "configs" / "models"
+
+_Model = Annotated[
+    str,
+    typer.Option(
+        "--model", help="A file of configs/models or its name; or a hub id, folder or GGUF file."
+    ),
+]
+_Dtype = Annotated[
+    str | None, typer.Option(help="Such as bfloat16; else the config's, or float32.")
+]
+_Say = Annotated[list[str] | None, typer.Option("--say", help="Another text to continue.")]
+_Export = Annotated[
+    tuple[str, Path] | None,
+    typer.Option("--export", metavar="peft DIR", help="Also write the edit as a LoRA adapter."),
+]
+
+
+@app.command()
+def edit(
+    prompt: Annotated[str, typer.Option(help="With one {} for the subject.")],
+    subject: Annotated[str, typer.Option(help="Whom the fact is about.")],
+    target: Annotated[str, typer.Option(help="What the model shall say.")],
+    target_true: Annotated[
+        str | None, typer.Option(help="What it is taken to say now, for editors that ask.")
+    ] = None,
+    model: _Model = "smollm2-135m",
+    editor: Annotated[str, typer.Option(help="One of: " + ", ".join(EDITORS))] = "rome",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the editor: key=value.")
+    ] = None,
+    second_moment: Annotated[
+        str | None, typer.Option(help="File of C, {layer} in its name; else the identity.")
+    ] = None,
+    dtype: _Dtype = None,
+    say: _Say = None,
+    out: Annotated[Path | None, typer.Option(help="Write the edit as safetensors.")] = None,
+    export: _Export = None,
+) -> None:
+    """Edit one fact, and show what the model says before and after."""
+    with _errors():
+        loaded, configured = _load(model, dtype)
+        settings = _settings(editor, configured.get(editor, {}), overrides or [])
+        request = Request(prompt, subject, target, target_true)
+        with warnings.catch_warnings(record=True) as caught:
+            made = library.edit(loaded, request, editor, second_moment, **settings)
+        for warning in caught:
+            typer.echo(f"note: {warning.message}", err=True)
+        _show(loaded, made, say or [])
+        if out:
+            edit_files.save(out, made, loaded, editor)
+        _export(loaded, made, export)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="What `edit --out` wrote.")],
+    model: _Model = "smollm2-135m",
+    dtype: _Dtype = None,
+    say: _Say = None,
+    export: _Export = None,
+) -> None:
+    """Show what the model says without and with an edit from a file."""
+    with _errors():
+        loaded, _ = _load(model, dtype)
+        made, origin = edit_files.load(file, loaded)
+        typer.echo(f"{made.request.text} {made.request.target} ({origin.editor}, {origin.model})")
+        _show(loaded, made, say or [])
+        _export(loaded, made, export)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What the user did wrong, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _load(source: str, dtype: str | None) -> tuple[EditableModel, dict[str, dict[str, Any]]]:
+    """The model, and the settings of editors that its config has."""
+    config: dict[str, Any] = {"source": source, "dtype": "float32"}
+    path = Path(source) if source.endswith(".yaml") else _CONFIGS / f"{source}.yaml"
+    if path.exists():
+        config |= yaml.safe_load(path.read_text("utf-8"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = models.load(config["source"], dtype or config["dtype"], device, config.get("name"))
+    return loaded, config.get("editors", {})
+
+
+def _settings(editor: str, configured: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of an editor's settings. Raises ValueError, naming a key that it has not."""
+    if editor not in EDITORS:
+        raise ValueError(f"editor must be one of {', '.join(EDITORS)}, got '{editor}'")
+    given: dict[str, Any] = {**configured}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes key=value, got '{override}'")
+        *folders, name = key.split(".")
+        inner = given
+        for folder in folders:
+            inner[folder] = inner = {**inner.get(folder, {})}
+        inner[name] = yaml.safe_load(value)
+    try:
+        return {**vars(TypeAdapter(EDITORS[editor].settings).validate_python(given))}
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{editor}: {'; '.join(problems)}") from None
+
+
+def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
+    """The target's probability, and what the model says, without and with the edit."""
+    request, both = edit.request, [UNEDITED, edit]
+    budget = TOKEN_BUDGETS[model.device.type]
+    asked = [probabilities.Query(e, request.text, request.target) for e in range(2)]
+    scores = probabilities.score(model, asked, both, budget)
+    questions = [greedy.Question(e, request.text, request.target) for e in range(2)]
+    table = Table("", "before", "after")
+    table.add_row(f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores))
+    table.add_row(f"{request.text} ...", *greedy.say(model, questions, both, budget))
+    prompts = [request.text, *texts]
+    said = zip(prompts, *(library.generate(model, prompts, one) for one in both), strict=True)
+    for prompt, *continued in said:
+        ends = (" ".join(text.removeprefix(prompt).split()) for text in continued)
+        table.add_row(f"{prompt} ... (sampled)", *ends)
+    Console(markup=False, emoji=False).print(table)
+
+
+def _export(model: EditableModel, edit: Edit, target: tuple[str, Path] | None) -> None:
+    if target is None:
+        return
+    kind, folder = target
+    if kind != "peft":
+        raise ValueError(f"--export takes `peft DIR`, got '{kind}'")
+    peft_export.export(folder, edit, model)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m rome")
