@@ -1,0 +1,164 @@
+"""python -m jobs.report RUN_DIR... [--out report.html] [--texts 2]
+
+Runs as one page that needs no network: tables and figures, and a browser of all records.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from markupsafe import Markup
+
+from cluster.store import Store
+from jobs import report_data, report_figures, tables
+from jobs.compare import read
+from jobs.pages import packed, render
+from jobs.prepare import MANIFEST
+from jobs.reduce import reduce
+from jobs.report_data import FAILURES
+from jobs.sources import say
+from jobs.sweep import SWEEP
+from rome import comparison
+from rome.results import ERROR, OK
+from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+
+_FIGURES = "figures/"
+_DEAD_SHOWN = 200
+_SUCCESSES = ("ES", "PS", "NS")
+
+
+def report(run_dirs: Sequence[str], texts: int) -> str:
+    """The page of runs of one benchmark and model, and of the sweeps and traces given with them.
+
+    `texts`: how many generated texts a record and editor are shown with; the parts have them all.
+    Raises ValueError where a path is no run with results, where runs cannot be compared (see
+    `jobs.compare.read`), or where all are sweeps or traces.
+    """
+    stores = [Store(run_dir) for run_dir in run_dirs]
+    manifests = {store.uri: _manifest(store) for store in stores}
+    runs = [
+        store for store in stores if "editors" in manifests[store.uri] and not store.exists(SWEEP)
+    ]
+    if not runs:
+        raise ValueError(
+            "a report needs a run of jobs.evaluate; sweeps and traces add their figures to it. "
+            f"Got {', '.join(run_dirs)}."
+        )
+    uris = [store.uri for store in runs]
+    rows = report_data.with_failures(read(uris))
+    summary = reduce(uris)
+    prompts = report_data.read_prompts([manifests[uri] for uri in uris])
+    counterfact = bool(rows["ES"].count())
+    metrics = [m for m in (METRICS if counterfact else ZSRE_METRICS) if _has(summary, m)]
+    extra = [name for name in EXTRA_METRICS if _has(summary, name)]
+    per_record = [name for name in metrics if name != "S"]
+    successes = [m for m in (_SUCCESSES if counterfact else ZSRE_METRICS) if m in per_record]
+    pairs = _pairs(rows, per_record)
+    style = report_figures.styles(rows)
+    return render(
+        "report",
+        title=" · ".join(dict.fromkeys(manifests[uri]["name"] for uri in uris)),
+        records=rows["case_id"].n_unique(),
+        summary=summary.to_dicts(),
+        tables=[names for names in (metrics, extra) if names],
+        notes=tables.notes(summary),
+        failures=FAILURES,
+        failure_counts=report_data.failure_counts(rows).to_dicts(),
+        unedited="none" in rows["editor"],
+        pairs=pairs.to_dicts(),
+        health=comparison.health(rows).to_dicts(),
+        dead=_dead(rows),
+        dead_total=len(rows.filter(status=ERROR)),
+        distributions=Markup(report_figures.distributions(rows, per_record, style)),
+        relations=Markup(report_figures.relations(rows, successes, style)),
+        differences=Markup(report_figures.differences(pairs, successes)) if len(pairs) else "",
+        health_figure=Markup(report_figures.health(rows, successes, style)),
+        figures=[figure for store in stores for figure in _figures(store)],
+        manifests={uri: _pretty(manifest) for uri, manifest in manifests.items()},
+        index=packed(report_data.index(rows, texts)),
+        chunks=map(packed, report_data.chunks(rows, prompts, texts)),
+    )
+
+
+def _manifest(store: Store) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{store.uri} is not a run directory: it has no {MANIFEST}. "
+            "Give what jobs.evaluate, jobs.sweep or jobs.trace wrote to."
+        ) from None
+    return manifest
+
+
+def _has(summary: pl.DataFrame, metric: str) -> bool:
+    return summary[metric].count() > 0
+
+
+def _pairs(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    if rows["label"].n_unique() < 2:
+        return pl.DataFrame()
+    return comparison.compare(rows, metrics)
+
+
+def _dead(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    dead = rows.filter(pl.col("status") != OK).select(
+        "label", "case_id", "relation_id", "attempts", "error"
+    )
+    return dead.sort("label", "case_id").head(_DEAD_SHOWN).to_dicts()
+
+
+def _figures(store: Store) -> list[dict[str, str]]:
+    """The figures that a sweep or trace drew, as images: what is in them cannot run here."""
+    kinds = {".svg": "image/svg+xml", ".png": "image/png"}
+    chosen = {
+        name[: -len(ending)]: name  # SVG, where there are both.
+        for ending in reversed(kinds)
+        for name in store.list(_FIGURES, ending)
+    }
+    return [
+        {
+            "name": stem.removeprefix(_FIGURES),
+            "run": store.uri.rpartition("/")[2],
+            "kind": kinds[name[-4:]],
+            "data": base64.b64encode(store.read_bytes(name)).decode(),
+        }
+        for stem, name in sorted(chosen.items())
+    ]
+
+
+def _pretty(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    run_dirs: Annotated[
+        list[str], typer.Argument(help="Run directories of evaluate, sweep and trace.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    texts: Annotated[
+        int, typer.Option(min=0, help="Generated texts to show of each record and editor.")
+    ] = 2,
+) -> None:
+    """Write a report of one or more runs, finished or in progress."""
+    try:
+        page = report(run_dirs, texts)
+        out.write_text(page, "utf-8")
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    say(f"report: {out} ({len(page) / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,294 @@
+"""python -m jobs.study make RUN_DIR... --out DIR [--records 50]; tally DIR ANSWERS...
+
+Two editors' texts before human raters (Meng et al. 2022, Section 3.6 and Appendix J): which one is
+more consistent with the edited fact, which one is more fluent. DIR/pages is what raters get; they
+send back the file that the page saves. DIR/key.json says whose texts they were.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from statsmodels.stats.inter_rater import fleiss_kappa
+
+from jobs.compare import read
+from jobs.pages import packed, render
+from jobs.reduce import print_table
+from jobs.sources import say
+from rome.results import OK
+
+QUESTIONS = {
+    "consistent": "Which text is more consistent with the fact?",
+    "fluent": "Which text is more fluent: natural, grammatical, not repeating itself?",
+}
+SAME = "same"
+KEY = "key.json"
+_SIDES = ("1", "2")
+_CHECK_WORDS = 40
+_RESAMPLES = 2000
+
+
+def make(
+    run_dirs: Sequence[str], a: str | None, b: str | None, records: int, checks: int, seed: int
+) -> tuple[str, dict[str, Any]]:
+    """The rating page and its key, the same for the same arguments.
+
+    `a`, `b`: labels as of `jobs.compare.read`; None where the runs have two edited editors. Each
+    item shows a record's fact and one text of either, of the same generation prompt; which record,
+    prompt, side and place is drawn by `seed`. `checks` items test attention: one text states the
+    fact, the other is the shuffled words of a text about something else.
+
+    Raises ValueError where the editors are not clear, or have fewer records with texts in common.
+    """
+    rows = read(run_dirs).filter(pl.col("status") == OK, pl.col("texts").list.len() > 0)
+    a, b = _editors(rows, a, b)
+    both = rows.filter(label=a).join(
+        rows.filter(label=b).select("case_id", other="texts"), on="case_id"
+    )
+    found = both.sort("case_id").to_dicts()
+    if not max(records, checks, 2) <= len(found):
+        raise ValueError(
+            f"{a} and {b} have texts of {len(found)} records in common, fewer than the "
+            f"{max(records, checks, 2)} that the study needs; ask for fewer --records"
+        )
+    draw = random.Random(seed)
+    chosen = draw.sample(found, records)
+    items = [_item(row, draw) for row in chosen]
+    items += [_check(row, other, draw) for row, other in _two(found, checks, draw)]
+    draw.shuffle(items)
+    for place, (shown, _) in enumerate(items):
+        shown["item"] = place
+    study = f"{draw.getrandbits(64):016x}"
+    page = {"study": study, "items": [shown for shown, _ in items]}
+    key = {"study": study, "a": a, "b": b, "seed": seed, "items": [key for _, key in items]}
+    data = json.dumps(page, ensure_ascii=False).encode()
+    return render("study", questions=QUESTIONS, items=packed(data)), key
+
+
+def _editors(rows: pl.DataFrame, a: str | None, b: str | None) -> tuple[str, str]:
+    labels = rows["label"].unique(maintain_order=True).to_list()
+    edited = rows.filter(pl.col("editor") != "none")["label"].unique(maintain_order=True).to_list()
+    if a is None and b is None and len(edited) == 2:
+        a, b = edited
+    if a is None or b is None or a == b or not {a, b} <= set(labels):
+        raise ValueError(
+            f"a study compares two editors that have texts; choose --a and --b among "
+            f"{', '.join(labels) or 'none'}, got {a} and {b}"
+        )
+    return a, b
+
+
+Item = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _item(row: dict[str, Any], draw: random.Random) -> Item:
+    place = draw.randrange(min(len(row["texts"]), len(row["other"])))
+    texts = {"a": row["texts"][place], "b": row["other"][place]}
+    sides = draw.sample(["a", "b"], 2)
+    key = {"case_id": row["case_id"], "sides": sides}
+    return {"fact": _fact(row), "texts": [texts[side] for side in sides]}, key
+
+
+def _two(
+    found: Sequence[dict[str, Any]], count: int, draw: random.Random
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(pair[0], pair[1]) for pair in (draw.sample(found, 2) for _ in range(count))]
+
+
+def _check(row: dict[str, Any], other: dict[str, Any], draw: random.Random) -> Item:
+    words = other["texts"][0].split()[:_CHECK_WORDS]
+    draw.shuffle(words)
+    fact = _fact(row)
+    right = draw.choice(_SIDES)
+    texts = [fact + ".", " ".join(words)] if right == "1" else [" ".join(words), fact + "."]
+    return {"fact": fact, "texts": texts}, {"case_id": row["case_id"], "check": right}
+
+
+def _fact(row: dict[str, Any]) -> str:
+    return f"{row['prompt'].replace('{}', row['subject'])} {row['target_new']}"
+
+
+def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the raters say, without those who fail an attention check.
+
+    Per question of QUESTIONS: the counts `a`, `b`, `same`; `ratio`, a / b (infinite where none
+    chose b, None without any choice), with its 95 % percentile bootstrap `low`, `high` over raters
+    and records, both drawn with replacement; `kappa`, Fleiss' of the three answers, None for fewer
+    than two raters. And `raters` and `left_out`, their names.
+
+    Raises ValueError where answers are of another study, not complete, or two are of one rater.
+    """
+    votes, left_out = {}, []
+    for answer in answers:
+        rater = _checked(key, answer)
+        if rater in votes or rater in left_out:
+            raise ValueError(f"there are two answers by {rater!r}; keep one of the files")
+        given = answer["answers"]
+        if all(
+            given[i][question] == item["check"]
+            for i, item in enumerate(key["items"])
+            if "check" in item
+            for question in QUESTIONS
+        ):
+            votes[rater] = given
+        else:
+            left_out.append(rater)
+    if not votes:
+        raise ValueError(f"no rater passed the attention checks; left out: {', '.join(left_out)}")
+    rated = [(i, item) for i, item in enumerate(key["items"]) if "sides" in item]
+    result: dict[str, Any] = {"raters": list(votes), "left_out": left_out, "records": len(rated)}
+    for question in QUESTIONS:
+        votes_RI = np.array(
+            [
+                [_choice(given[i][question], item["sides"]) for i, item in rated]
+                for given in votes.values()
+            ]
+        )
+        result[question] = _verdict(votes_RI)
+    return result
+
+
+def _checked(key: dict[str, Any], answer: dict[str, Any]) -> str:
+    """The rater of a whole answer to this study."""
+    rater = str(answer.get("rater"))
+    if answer.get("study") != key["study"]:
+        raise ValueError(
+            f"the answers of {rater!r} are of study {answer.get('study')}, not {key['study']}; "
+            "give the DIR that their page is from"
+        )
+    given, allowed = answer.get("answers"), {*_SIDES, SAME}
+    if (
+        not isinstance(given, list)
+        or len(given) != len(key["items"])
+        or not all(isinstance(one, dict) for one in given)
+        or any(one.get(question) not in allowed for one in given for question in QUESTIONS)
+    ):
+        raise ValueError(
+            f"the answers of {rater!r} must be {len(key['items'])}, each with "
+            f"{', '.join(QUESTIONS)} among {', '.join(sorted(allowed))}; ask for the file again"
+        )
+    return rater
+
+
+def _choice(side: str, sides: Sequence[str]) -> int:
+    """0 for editor a, 1 for b, 2 for the same."""
+    return 2 if side == SAME else "ab".index(sides[int(side) - 1])
+
+
+def _verdict(votes_RI: Any) -> dict[str, Any]:
+    counts = Counter(votes_RI.ravel().tolist())
+    raters, items = votes_RI.shape
+    draw = np.random.default_rng(0)
+    ratios = []
+    for _ in range(_RESAMPLES):
+        rows, columns = draw.integers(raters, size=raters), draw.integers(items, size=items)
+        sample = votes_RI[np.ix_(rows, columns)]
+        ratios.append(_ratio((sample == 0).sum(), (sample == 1).sum()))
+    known = [ratio for ratio in ratios if ratio is not None]
+    # Without interpolation, which infinity does not have.
+    low, high = (
+        np.percentile(known, [2.5, 97.5], method="inverted_cdf").tolist() if known else (None, None)
+    )
+    table_IK = np.stack([(votes_RI == kind).sum(axis=0) for kind in range(3)], axis=1)
+    with np.errstate(invalid="ignore"):
+        kappa = float(fleiss_kappa(table_IK)) if raters > 1 else None
+    return {
+        "a": counts[0],
+        "b": counts[1],
+        "same": counts[2],
+        "ratio": _ratio(counts[0], counts[1]),
+        "low": low,
+        "high": high,
+        "kappa": kappa,
+    }
+
+
+def _ratio(a: int, b: int) -> float | None:
+    if b:
+        return float(a / b)
+    return float("inf") if a else None
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.command("make")
+def make_command(
+    run_dirs: Annotated[list[str], typer.Argument(help="One or two run directories.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    a: Annotated[str | None, typer.Option(help="An editor [one of the only two].")] = None,
+    b: Annotated[str | None, typer.Option(help="The other editor.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Records to rate.")] = 50,
+    checks: Annotated[int, typer.Option(min=0, help="Attention checks among them.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of records, texts, sides and order.")] = 0,
+) -> None:
+    """Write the rating page, DIR/pages/index.html, and its key, DIR/key.json."""
+    try:
+        if (out / KEY).exists():
+            raise ValueError(f"{out} holds a study, whose key answers may need; choose another")
+        page, key = make(run_dirs, a, b, records, checks, seed)
+        (out / "pages").mkdir(parents=True, exist_ok=True)
+        (out / "pages" / "index.html").write_text(page, "utf-8")
+        (out / KEY).write_text(json.dumps(key, indent=1), "utf-8")
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    say(f"for raters: {out / 'pages' / 'index.html'}; not for raters: {out / KEY}")
+
+
+@app.command("tally")
+def tally_command(
+    study: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="The files that raters sent back.")],
+) -> None:
+    """Print the preference ratios with intervals and agreement."""
+    try:
+        key = json.loads((study / KEY).read_text("utf-8"))
+        result = tally(key, [_read(file) for file in files])
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    a, b = key["a"], key["b"]
+    columns = ("Which is more", a, b, "Same", f"{a} / {b}", "95 %", "Fleiss' kappa")
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for question in QUESTIONS:
+        row = result[question]
+        table.add_row(
+            question,
+            *(str(row[name]) for name in ("a", "b", SAME)),
+            _number(row["ratio"]),
+            f"{_number(row['low'])} to {_number(row['high'])}",
+            _number(row["kappa"]),
+        )
+    print_table(table)
+    say(f"{len(result['raters'])} raters, {result['records']} records")
+    if result["left_out"]:
+        say(f"left out, for they failed an attention check: {', '.join(result['left_out'])}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        answer = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); ask the rater for it again") from None
+    if not isinstance(answer, dict):
+        raise ValueError(f"{file} must hold a rater's answers, got a {type(answer).__name__}")
+    return answer
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    app()

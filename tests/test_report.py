@@ -1,0 +1,317 @@
+"""`python -m jobs.report`: what the page says, and what a reader can do with it in a browser."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from browser import LAPTOP, PHONE, browser, opened, overflows
+from playwright.sync_api import Browser, Page
+from test_reduce import write_part
+from typer.testing import CliRunner, Result
+
+from cluster.store import Store
+from jobs import report_data
+from jobs.report import app
+from rome.records import Record, to_table
+from rome.results import ERROR, OK
+
+__all__ = ["browser"]
+
+HOSTILE = (
+    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7*7 }}"
+)
+EDITORS = {"none": 0.0, "ft<b>": 2.5, "rome": 9.0}
+
+
+def make_rows(count: int, editor: str) -> list[dict[str, Any]]:
+    draw, skill = np.random.default_rng(len(editor)), EDITORS[editor]
+    words = np.array(["the", "a", "tower", "city", "of", "is", "in", "was", "Rome", "Paris", "old"])
+    rows = []
+    for case_id in range(count):
+        row: dict[str, Any] = {
+            "run": "demo",
+            "case_id": case_id,
+            "relation_id": f"P{case_id % 7}",
+            "subject": f"Tower {case_id}",
+            "prompt": "{} is located in",
+            "target_new": "Rome",
+            "target_true": "Paris",
+            "status": OK,
+            "attempts": 1,
+            "rewrite_greedy": ["Rome"],
+            "texts": [" ".join(draw.choice(words, 60)) for _ in range(3)],
+            "GE": float(draw.uniform(2, 7)),
+            "RS": float(draw.uniform(0, 1)),
+        }
+        for kind, prompts, shift in (
+            ("rewrite", 1, skill),
+            ("paraphrase", 2, skill * draw.uniform(0, 1)),
+            ("neighborhood", 10, 0.2 * skill * draw.uniform(0, 1)),
+        ):
+            true = draw.uniform(1, 3, prompts)
+            row[f"{kind}_nll_true"] = true.tolist()
+            row[f"{kind}_nll_new"] = (true + 1 - shift + draw.normal(0, 1, prompts)).tolist()
+        if editor != "none":
+            row |= {"edit_norm": float(draw.lognormal()), "edit_divisor": float(draw.uniform(1, 3))}
+        rows.append(row)
+    return rows
+
+
+def make_run(run_dir: Path, count: int = 60) -> Path:
+    """A run with a hostile record, a dead letter and numbers that are none; and its records."""
+    records = [
+        Record(
+            case_id, f"P{case_id % 7}", "{} is located in", f"Tower {case_id}", "Rome", "Paris",
+            None, None, (f"Where is {case_id}?", "It stands in"),
+            tuple(f"Neighbor {n} of {case_id}" for n in range(10)), (), (),
+        )
+        for case_id in range(count)
+    ]  # fmt: skip
+    store = Store(run_dir.parent / "records")
+    store.write_table("shard-00000.parquet", to_table(records))
+    run_dir.mkdir(parents=True)
+    manifest = {
+        "name": "demo",
+        "records": count,
+        "editors": [*EDITORS],
+        "records_store": store.uri,
+        "context_templates": [HOSTILE],
+    }
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    for editor in EDITORS:
+        rows = make_rows(count, editor)
+        rows[3] |= {"subject": HOSTILE, "texts": [HOSTILE] * 3, "rewrite_greedy": [HOSTILE]}
+        if editor == "rome":
+            rows[3] |= {"edit_norm": float("nan"), "edit_divisor": float("inf")}
+            rows[5] = {
+                "run": "demo",
+                "case_id": 5,
+                "status": ERROR,
+                "error": HOSTILE,
+                "attempts": 3,
+            }
+        write_part(run_dir, editor, rows, "part-00000-000000-000060.parquet")
+    return run_dir
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    run = make_run(folder / "demo")
+    trace = folder / "trace"
+    (trace / "figures").mkdir(parents=True)
+    (trace / "manifest.json").write_text('{"name": "trace"}')
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20"><script>alert(1)</script>'
+    (trace / "figures" / "trace-averages.svg").write_text(svg + "</svg>")
+    out = folder / "report.html"
+    result = invoke(run, trace, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def embedded(page: str, name: str) -> Any:
+    found = re.search(rf'<script type="text/plain" id="{name}">([A-Za-z0-9+/=]*)</script>', page)
+    assert found
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+
+
+def test_every_failure_by_its_definition() -> None:
+    def row(editor: str, case_id: int, **columns: Any) -> dict[str, Any]:
+        healthy = {"ES": 1.0, "PS": 1.0, "NS": 1.0, "GE": 6.0, "neighborhood_nll_new": [2.0] * 4}
+        zsre = dict.fromkeys(("efficacy", "paraphrase", "specificity"))
+        known = {"label": editor, "editor": editor, "case_id": case_id, "status": OK}
+        return {**known, **healthy, **zsre, "neighborhood_nll_true": [1.0] * 4, **columns}
+
+    zsre = dict.fromkeys(("ES", "PS", "NS", "neighborhood_nll_new", "neighborhood_nll_true"))
+    before = {"neighborhood_nll_true": [1.0, 1.0, 3.0, 3.0]}  # Two of four are right.
+    rows = [
+        *(row("none", i, **before) for i in range(8)),
+        row("none", 8, **zsre, efficacy=0.0, paraphrase=0.0, specificity=0.5),
+        row("none", 9, **zsre, efficacy=0.0, paraphrase=0.0, specificity=0.5),
+        row("rome", 0),
+        row("rome", 1, PS=0.0),
+        row("rome", 2, PS=0.5),
+        row("rome", 3, neighborhood_nll_true=[3.0, 1.0, 3.0, 3.0]),  # Half of the two is lost,
+        row("rome", 4, neighborhood_nll_true=[1.0, 1.0, 3.0, 3.0]),  # nothing,
+        row("rome", 5, neighborhood_nll_true=[2.0, 2.0, 1.0, 1.0]),  # both, by ties.
+        row("rome", 6, GE=2.9, ES=0.0, PS=0.0),
+        row("rome", 7, status=ERROR, **zsre, GE=None),
+        row("rome", 8, **zsre, efficacy=1.0, paraphrase=0.5, specificity=0.25),
+        row("rome", 9, **zsre, efficacy=0.5, paraphrase=0.5, specificity=0.3),
+        row("rome", 99, neighborhood_nll_true=[9.0] * 4, GE=0.0),  # No unedited row: not known.
+    ]
+    schema = dict.fromkeys(("ES", "PS", "NS", "GE", "efficacy", "paraphrase"), pl.Float64)
+    found = report_data.with_failures(pl.DataFrame(rows, schema_overrides=schema))
+    dead, unlearnt, f1, f2, broken = (
+        found.filter(pl.col(failure.name))["case_id"].to_list() for failure in report_data.FAILURES
+    )
+    assert (dead, unlearnt, f1, f2, broken) == ([7], [6, 9], [1, 8], [3, 5, 8], [6])
+
+
+def test_the_page_holds_every_record(page_file: Path) -> None:
+    page = page_file.read_text()
+    index = embedded(page, "index")
+    assert index["case_id"] == list(range(60))
+    assert [editor["label"] for editor in index["editors"]] == [*EDITORS]
+    assert index["editors"][2]["failures"][5] == 1
+    record = embedded(page, "chunk-0")[3]
+    assert record["paraphrase_prompts"] == ["Where is 3?", "It stands in"]
+    (row,) = (row for row in make_rows(60, "rome") if row["case_id"] == 3)
+    new, true = (row[f"neighborhood_nll_{target}"] for target in ("new", "true"))
+    assert record["2"]["neighborhood_nll_new"] == pytest.approx(np.exp(-np.array(new)), rel=1e-3)
+    assert record["2"]["neighborhood_nll_true"] == pytest.approx(np.exp(-np.array(true)), rel=1e-3)
+    assert record["2"]["texts"] == [HOSTILE] * 2
+    assert (record["2"]["edit_norm"], record["2"]["edit_divisor"]) == (None, None)
+
+
+def test_nothing_that_a_model_wrote_is_markup(page_file: Path) -> None:
+    page = page_file.read_text()
+    assert "window.hacked" in page  # In the manifest and the error, as text.
+    assert "<script>window.hacked" not in page
+    assert "<img src=x" not in page
+    assert "<b>ft" not in page
+    assert "ft<b>" not in page
+    assert "{{ 7*7 }}" in page
+
+
+def test_the_table_is_the_summary(page_file: Path) -> None:
+    summary = pl.read_parquet(page_file.parent / "demo" / "summary.parquet")
+    page = page_file.read_text()
+    rome = summary.row(by_predicate=pl.col("editor") == "rome", named=True)
+    assert f"<td>{rome['PS']:.1f}" in page
+    assert f"{rome['PS_low']:.1f} to {rome['PS_high']:.1f}" in page
+    assert "demo, rome: dead letters: 1, not in the means." in page
+
+
+def test_only_traces_or_no_run_are_refused(page_file: Path, tmp_path: Path) -> None:
+    result = invoke(page_file.parent / "trace", "--out", tmp_path / "x.html")
+    assert result.exit_code == 1
+    assert "a report needs a run of jobs.evaluate" in result.stderr
+    result = invoke(tmp_path, "--out", tmp_path / "x.html")
+    assert "is not a run directory" in result.stderr
+
+
+def count(page: Page) -> str:
+    return page.locator("#count").inner_text()
+
+
+def test_the_browser_filters(page_file: Path, browser: Browser) -> None:
+    index = embedded(page_file.read_text(), "index")
+    flags = np.array([editor["failures"] for editor in index["editors"]])
+    with opened(browser, page_file) as page:
+        page.wait_for_selector(".record")
+        assert count(page) == "60 of 60 records"
+        assert page.locator(".record").count() == 20
+        page.locator("#next").click()
+        assert "case 20" in page.locator(".record").first.inner_text()
+        assert page.locator("#where").inner_text() == "page 2 of 3"
+        for bit, name in enumerate(index["failures"]):
+            page.locator("select[name=failure]").select_option(name)
+            expected = int(((flags >> bit) & 1).any(axis=0).sum())
+            assert count(page) == f"{expected} of 60 records"
+        page.locator("select[name=failure]").select_option(index["failures"][3])
+        page.locator("select[name=editor]").select_option("rome")
+        bleeding = np.flatnonzero((flags[2] >> 3) & 1)
+        assert 0 < len(bleeding) < 60
+        assert count(page) == f"{len(bleeding)} of 60 records"
+        page.locator("select[name=relation]").select_option("P2")
+        assert count(page) == f"{(bleeding % 7 == 2).sum()} of 60 records"
+        for name in ("failure", "editor", "relation"):
+            page.locator(f"select[name={name}]").select_option("")
+        page.locator("input[name=words]").fill("tower 17")
+        assert count(page) == "1 of 60 records"
+        page.locator("input[name=words]").fill("")
+        page.locator("input[name=differ]").check()
+        differing = (flags[1] != flags[2]).sum()
+        assert count(page) == f"{differing} of 60 records"
+
+
+def test_a_record_shows_before_and_after_and_stays_text(page_file: Path, browser: Browser) -> None:
+    with opened(browser, page_file) as page:
+        page.wait_for_selector(".record")
+        card = page.locator(".record").nth(3)
+        card.locator("summary").click()
+        card.locator("table").wait_for()
+        shown = card.inner_text()
+        assert HOSTILE in shown
+        assert "Neighbor 9 of 3" in shown
+        assert card.locator("th").all_inner_texts()[1:] == [*EDITORS]
+        assert card.locator(".texts").count() == 2
+        assert card.locator(".texts").first.locator("div").count() == 3
+        dead = page.locator(".record").nth(5)
+        dead.locator("summary").click()
+        dead.locator("table").wait_for()
+        assert f"rome: {HOSTILE}" in dead.inner_text()
+        assert page.evaluate("window.hacked") is None
+
+
+@pytest.mark.parametrize("width", [LAPTOP, PHONE])
+def test_it_fits_the_screen_in_light_and_dark(
+    page_file: Path, browser: Browser, width: int
+) -> None:
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        with opened(browser, page_file, width, color_scheme=scheme) as page:
+            page.wait_for_selector(".record")
+            page.locator(".record summary").first.click()
+            page.locator(".record table").wait_for()
+            assert not overflows(page)
+            ink, paper = page.evaluate(
+                "[getComputedStyle(document.querySelector('figure svg text')).fill,"
+                " getComputedStyle(document.body).backgroundColor]"
+            )
+            assert contrast(ink, paper) > 7
+            backgrounds.add(paper)
+            assert page.locator("figure img").evaluate("image => image.naturalWidth") == 40
+    assert len(backgrounds) == 2
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's ratio of two CSS colors."""
+
+    def luminance(color: str) -> float:
+        channels = [int(c) / 255 for c in re.findall(r"\d+", color)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_one_editor_of_zsre(tmp_path: Path) -> None:
+    rows = [
+        {
+            "run": "zsre", "case_id": case_id, "prompt": "Where is {}?", "subject": "it",
+            "target_new": "Rome", "neighborhood_target": "x", "status": OK, "attempts": 1,
+            "rewrite_accuracy": [1.0], "paraphrase_accuracy": [case_id % 2 / 2],
+            "neighborhood_accuracy": [0.25], "neighborhood_greedy": ["y"],
+        }
+        for case_id in range(8)
+    ]  # fmt: skip
+    run = tmp_path / "zsre"
+    write_part(run, "rome", rows, "part-00000-000000-000008.parquet")
+    manifest = {"name": "zsre", "records": 9, "editors": ["rome", "ft"]}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    result = invoke(run, "--out", tmp_path / "report.html")
+    assert result.exit_code == 0, result.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>efficacy</th><th>paraphrase</th><th>specificity</th>" in page
+    assert "There is one editor alone." in page
+    assert "zsre, rome: in progress, 8 of 9 records." in page
+    assert "neither bleeding nor broken text can be told" in page
+    index = embedded(page, "index")
+    assert index["scores"] == ["efficacy", "paraphrase", "specificity"]
+    assert index["editors"][0]["failures"] == [4] * 8
+    assert embedded(page, "chunk-0")[0]["paraphrase_prompts"] is None
