@@ -141,7 +141,9 @@ def test_the_shared_volume_is_there_and_can_be_shared() -> None:
         assert mounts["workspace"] == workspace
         used = volumes["workspace"]["persistentVolumeClaim"]["claimName"]
         assert used == claim["metadata"]["name"]
-        assert (mounts["shm"], volumes["shm"]["emptyDir"]["medium"]) == ("/dev/shm", "Memory")
+        # KubeRay mounts one of the size of the memory. In one that is smaller than Ray's object
+        # store (30 % of the memory), Ray does not keep the store there but on the disk.
+        assert "/dev/shm" not in mounts.values()
 
 
 def containers(pod: dict[str, Any]) -> Any:
@@ -151,6 +153,7 @@ def containers(pod: dict[str, Any]) -> Any:
 def test_rays_own_autoscaler_sees_no_work_for_the_head_and_a_gpu_for_each_worker() -> None:
     for name, spec in clusters().items():
         assert spec["enableInTreeAutoscaling"]
+        assert spec["autoscalerOptions"]["version"] == "v2"
         assert spec["authOptions"] == {"mode": "token"}
         metadata = {"name": name, "namespace": "default"}
         seen = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
