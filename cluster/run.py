@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 
 from cluster.driver import Driver, RunError
 from cluster.lock import LockedError, RunLock
@@ -27,6 +28,7 @@ from cluster.store import Store
 from cluster.worker import Task, Worker
 
 __all__ = [
+    "FAILURES",
     "LockedError",
     "Outcome",
     "RunError",
@@ -36,6 +38,9 @@ __all__ = [
     "run",
     "stream",
 ]
+
+FAILURES = (LockedError, RunError, RayError)
+"""What `run`, `once` and `stream` raise beside ValueError and OSError."""
 
 DeadRow = Callable[[Lease, str, int], pa.Table]
 """Makes the one row of a dead letter from its lease of one record, the error, and the attempts."""

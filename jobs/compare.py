@@ -17,13 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cluster.store import Store
+from jobs import cli, manifests
 from jobs import config as configs
-from jobs.reduce import collect, print_table, read_manifest
+from jobs.reduce import collect, print_table
 from rome import comparison
 from rome.results import OK
 from rome.summary import METRICS, ZSRE_METRICS, with_metrics
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 class Format(StrEnum):
@@ -66,7 +67,7 @@ def _refuse_another(one: Store, other: Store) -> None:
     there, now = (
         {key: manifest.get(key) for key in ("benchmark", "model_fingerprint", "protocol")}
         | {"scoring": manifest.get("config", {}).get("scoring")}
-        for manifest in (read_manifest(store) for store in (one, other))
+        for manifest in (manifests.read(store) for store in (one, other))
     )
     if changed := configs.difference(there, now):
         raise ValueError(
@@ -151,13 +152,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the pairs to this Parquet file.")] = None,
 ) -> None:
     """Compare the editors of one or more runs in pairs, record by record."""
-    try:
+    with cli.errors():
         pairs, health = compare(run_dirs, metric or [])
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    if out:
-        pairs.write_parquet(out)
+        if out:
+            pairs.write_parquet(out)
     shown = [(pairs, _PAIRS, _PAIRS_CAPTION), (health, _HEALTH, _HEALTH_CAPTION)]
     for frame, cells, caption in shown[: 2 if len(health) else 1]:
         if format == Format.TABLE:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 import yaml
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
-from cluster.run import RunSettings
+from cluster.settings import RunSettings
 from jobs.sources import ROOT
 from rome.editors import EDITORS
 from rome.evaluation import ScoringSettings
@@ -214,6 +214,15 @@ def difference(old: Any, new: Any, key: str = "") -> list[str]:
             lines += difference(old.get(name), new.get(name), inner)
         return lines
     return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]
+
+
+def refuse_another(where: str, there: Any, now: Any, what: str) -> None:
+    """Raises ConfigError with the differences where what is there is of another run or training."""
+    if changed := difference(there, now):
+        raise ConfigError(
+            f"{where} holds another {what}; choose another --out, or go back to what it has:\n"
+            + "\n".join(changed)
+        )
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from ray.exceptions import RayError
 
-from cluster.lock import LockedError
-from cluster.run import RunError, once, run
+from cluster.run import FAILURES, once, run
 from cluster.store import Store
+from jobs import cli, manifests, second_moment, stored_edits
 from jobs import config as configs
-from jobs import second_moment, stored_edits
 from jobs.config import ConfigError, RunConfig
 from jobs.evaluation import (
     Evaluation,
@@ -32,22 +27,20 @@ from jobs.evaluation import (
     group_of,
     model_facts,
 )
-from jobs.prepare import MANIFEST, prepare
+from jobs.manifests import MANIFEST
+from jobs.prepare import prepare
 from jobs.reduce import reduce, show
 from jobs.sources import ROOT, benchmarks, reversed_prompts, say
 from jobs.training import trained
 from rome.editors import EDITORS
 from rome.summary import PROTOCOL
 
-DEAD_LETTERS = 3
-STOPPED = 130
-
 
 def evaluate(config: RunConfig, out: str) -> int:
     """Do what is left of a run, print its table, and give the exit status.
 
-    0: every record has its row. DEAD_LETTERS: some rows are errors. STOPPED: not finished. Raises
-    ConfigError, LockedError, RunError or ValueError with nothing lost that was done.
+    See `jobs.cli.ended`. Raises ConfigError, LockedError, RunError or ValueError with nothing lost
+    that was done.
     """
     store = Store(out)
     records = record_store(config.benchmark)
@@ -77,15 +70,7 @@ def evaluate(config: RunConfig, out: str) -> int:
     )
     if outcome.done:
         show(reduce([store.uri]))
-    if outcome.stopped or outcome.done < outcome.total:
-        say(
-            f"stopped: {outcome.done} of {outcome.total} rows are done; the same line resumes: "
-            + shlex.join(sys.orig_argv)
-        )
-        return STOPPED
-    for group, case_id, error in outcome.dead:
-        say(f"dead letter: {group} case {case_id}: {error}")
-    return DEAD_LETTERS if outcome.dead else 0
+    return cli.ended(outcome, "rows", "case")
 
 
 def record_store(benchmark: str) -> Store:
@@ -106,7 +91,7 @@ def record_store(benchmark: str) -> Store:
 
 def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
     """The run's manifest: the one there, if it is of the same run, or a new one, written first."""
-    data = _read_manifest(
+    data = manifests.read(
         records, ("name", "version", "fingerprint"), "Prepare the records again with jobs.prepare."
     )
     now = {
@@ -115,17 +100,13 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         "protocol": PROTOCOL,
     }
     if store.exists(MANIFEST):
-        there = _read_manifest(
+        there = manifests.read(
             store,
             (*now, "code", "model_fingerprint", "context_templates", "second_moments"),
             "Restore it. Or, if this is the config that the run began with, move it away: the same "
             "line writes it again and goes on with the rows that are there.",
         )
-        if changed := configs.difference({key: there.get(key) for key in now}, now):
-            raise ConfigError(
-                f"{store.uri} holds another run; choose another --out, or go back to what it has:\n"
-                + "\n".join(changed)
-            )
+        configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
         return there
@@ -150,19 +131,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     }
     if config.edits:
         stored_edits.check(config, manifest)
-    store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-    return manifest
-
-
-def _read_manifest(store: Store, keys: Sequence[str], way_out: str) -> dict[str, Any]:
-    """Raises ValueError with the way out where the file is not a whole manifest."""
-    try:
-        manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
-    except ValueError as error:
-        raise ValueError(f"{store.uri}/{MANIFEST} is damaged ({error}). {way_out}") from None
-    if not isinstance(manifest, dict) or (missing := set(keys) - manifest.keys()):
-        lacks = ", ".join(sorted(missing)) if isinstance(manifest, dict) else "everything"
-        raise ValueError(f"{store.uri}/{MANIFEST} is damaged: it lacks {lacks}. {way_out}")
+    manifests.write(store, manifest)
     return manifest
 
 
@@ -183,7 +152,7 @@ def _code() -> dict[str, str]:
     return {name: version(name) for name in names} | {"source": digest.hexdigest()}
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
@@ -192,9 +161,7 @@ def main(
     out: Annotated[
         str | None, typer.Option(help="Run directory or URI [workspace/runs/NAME].")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
-    ] = None,
+    overrides: cli.Overrides = None,
     edits: Annotated[
         str | None, typer.Option(help="Score the edits that this run kept: edits=RUN_DIR.")
     ] = None,
@@ -206,12 +173,9 @@ def main(
     given = [*(overrides or [])]
     given += ["workers.retry_dead=true"] if retry_dead else []
     given += [f"edits={json.dumps(edits)}"] if edits else []
-    try:
+    with cli.errors(*FAILURES):
         run_config = configs.load(config, given)
         status = evaluate(run_config, out or str(configs.workspace() / "runs" / run_config.name))
-    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
     raise typer.Exit(status)
 
 

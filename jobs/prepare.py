@@ -18,7 +18,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cluster.store import Store
-from jobs import sources
+from jobs import cli, sources
+from jobs.manifests import MANIFEST
 from jobs.sources import say
 from rome.facts import ReferenceText
 from rome.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
@@ -26,7 +27,6 @@ from rome.scoring.text_metrics import fit_tfidf
 
 SCHEMA_VERSION = 2
 SHARD_ROWS = 512
-MANIFEST = "manifest.json"
 _LISTED = 20
 
 
@@ -172,7 +172,7 @@ class _PrepareByDefault(TyperGroup):
         return super().parse_args(ctx, args if named else ["prepare", *args])
 
 
-app = typer.Typer(cls=_PrepareByDefault, add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app(cls=_PrepareByDefault)
 
 
 @app.command("prepare")
@@ -190,7 +190,7 @@ def _prepare(
     ] = None,
 ) -> None:
     """Turn a source into a store of records (the default command)."""
-    try:
+    with cli.errors():
         manifest = prepare(
             source,
             out,
@@ -199,9 +199,6 @@ def _prepare(
             skip_invalid=skip_invalid,
             reference_texts=reference_texts,
         )
-    except (ValueError, OSError) as error:
-        say(str(error))
-        raise typer.Exit(1) from error
     if skipped := manifest["skipped"]:
         say(f"{len(skipped)} bad rows were left out, all in {MANIFEST}:\n{_listed(skipped)}")
 

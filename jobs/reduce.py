@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote
 
 import polars as pl
@@ -16,10 +15,10 @@ import typer
 from rich.console import Console, RenderableType
 
 from cluster.store import Store
-from jobs import tables
+from jobs import cli, manifests, tables
 from rome.summary import summarize
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 PARTS = "results/"
 
@@ -45,7 +44,7 @@ def reduce(run_dirs: Sequence[str]) -> pl.DataFrame:
 
 
 def _reduce_one(store: Store) -> pl.DataFrame:
-    manifest = read_manifest(store)
+    manifest = manifests.read(store)
     summary = collect(store, summarize)
     # An editor that the manifest does not know is shown, too.
     editors = dict.fromkeys([*manifest["editors"], *summary["editor"]])
@@ -59,29 +58,17 @@ def _reduce_one(store: Store) -> pl.DataFrame:
         )
         .select(*summary.columns, "records")
     )
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    store.write_bytes("summary.parquet", buffer.getvalue())
+    write_table(store, "summary.parquet", frame)
     store.write_bytes("table.md", tables.markdown(frame).encode())
     store.write_bytes("table.tex", tables.latex(frame).encode())
     return frame
 
 
-def read_manifest(store: Store) -> dict[str, Any]:
-    """Raises ValueError where the directory is none of a run."""
-    try:
-        manifest: dict[str, Any] = json.loads(store.read_bytes("manifest.json"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{store.uri} is not a run directory: it has no manifest.json. "
-            "Give the directory that jobs.evaluate wrote to."
-        ) from None
-    if missing := {"name", "records", "editors"} - manifest.keys():
-        raise ValueError(
-            f"{store.uri}/manifest.json lacks {', '.join(sorted(missing))}, so it is not the "
-            "manifest of a run. Give the directory that jobs.evaluate wrote to."
-        )
-    return manifest
+def write_table(store: Store, name: str, frame: pl.DataFrame) -> None:
+    """Commit a frame as Parquet."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    store.write_bytes(name, buffer.getvalue())
 
 
 def collect(store: Store, of: Callable[[pl.LazyFrame], pl.DataFrame]) -> pl.DataFrame:
@@ -129,11 +116,8 @@ def main(
     format: Annotated[Format, typer.Option(help="What to print.")] = Format.TABLE,
 ) -> None:
     """Print and write the table of one or more runs, finished or in progress."""
-    try:
+    with cli.errors():
         frame = reduce(run_dirs)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     show(frame, format)
 
 

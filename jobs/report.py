@@ -16,10 +16,9 @@ import typer
 from markupsafe import Markup
 
 from cluster.store import Store
-from jobs import report_data, report_figures, tables
+from jobs import cli, manifests, report_data, report_figures, tables
 from jobs.compare import read
 from jobs.pages import packed, render
-from jobs.prepare import MANIFEST
 from jobs.reduce import reduce
 from jobs.report_data import FAILURES
 from jobs.sources import say
@@ -29,6 +28,7 @@ from rome.results import ERROR, OK
 from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
 
 _FIGURES = "figures/"
+_WAY_OUT = "Give what jobs.evaluate, jobs.sweep or jobs.trace wrote to."
 _DEAD_SHOWN = 200
 _SUCCESSES = ("ES", "PS", "NS")
 
@@ -41,9 +41,9 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
     `jobs.compare.read`), or where all are sweeps or traces.
     """
     stores = [Store(run_dir) for run_dir in run_dirs]
-    manifests = {store.uri: _manifest(store) for store in stores}
+    manifest_of = {store.uri: manifests.read(store, (), _WAY_OUT) for store in stores}
     runs = [
-        store for store in stores if "editors" in manifests[store.uri] and not store.exists(SWEEP)
+        store for store in stores if "editors" in manifest_of[store.uri] and not store.exists(SWEEP)
     ]
     if not runs:
         raise ValueError(
@@ -53,7 +53,7 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
     uris = [store.uri for store in runs]
     rows = report_data.with_failures(read(uris))
     summary = reduce(uris)
-    prompts = report_data.read_prompts([manifests[uri] for uri in uris])
+    prompts = report_data.read_prompts([manifest_of[uri] for uri in uris])
     counterfact = bool(rows["ES"].count())
     metrics = [m for m in (METRICS if counterfact else ZSRE_METRICS) if _has(summary, m)]
     extra = [name for name in EXTRA_METRICS if _has(summary, name)]
@@ -63,7 +63,7 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
     style = report_figures.styles(rows)
     return render(
         "report",
-        title=" · ".join(dict.fromkeys(manifests[uri]["name"] for uri in uris)),
+        title=" · ".join(dict.fromkeys(manifest_of[uri]["name"] for uri in uris)),
         records=rows["case_id"].n_unique(),
         summary=summary.to_dicts(),
         tables=[names for names in (metrics, extra) if names],
@@ -80,21 +80,10 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
         differences=Markup(report_figures.differences(pairs, successes)) if len(pairs) else "",
         health_figure=Markup(report_figures.health(rows, successes, style)),
         figures=[figure for store in stores for figure in _figures(store)],
-        manifests={uri: _pretty(manifest) for uri, manifest in manifests.items()},
+        manifests={uri: _pretty(manifest) for uri, manifest in manifest_of.items()},
         index=packed(report_data.index(rows, texts)),
         chunks=map(packed, report_data.chunks(rows, prompts, texts)),
     )
-
-
-def _manifest(store: Store) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{store.uri} is not a run directory: it has no {MANIFEST}. "
-            "Give what jobs.evaluate, jobs.sweep or jobs.trace wrote to."
-        ) from None
-    return manifest
 
 
 def _has(summary: pl.DataFrame, metric: str) -> bool:
@@ -137,7 +126,7 @@ def _pretty(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=1, ensure_ascii=False)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
@@ -151,12 +140,9 @@ def main(
     ] = 2,
 ) -> None:
     """Write a report of one or more runs, finished or in progress."""
-    try:
+    with cli.errors():
         page = report(run_dirs, texts)
         out.write_text(page, "utf-8")
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     say(f"report: {out} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -21,16 +21,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 import typer
-from ray.exceptions import RayError
 from torch import Tensor
 
-from cluster.lock import LockedError
 from cluster.queue import Grid, Lease
-from cluster.run import RunError, run
+from cluster.run import FAILURES, RunError, run
 from cluster.store import Store
+from jobs import cli
 from jobs import config as configs
 from jobs import corpus as corpora
-from jobs.config import ConfigError, ModelConfig, RunConfig
+from jobs.config import ModelConfig, RunConfig
 from jobs.corpus import Corpus
 from jobs.pinned import load_model
 from jobs.sources import say
@@ -266,22 +265,17 @@ def _dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
     return pa.Table.from_pylist([row])
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
 def main(
     config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
-    ] = None,
+    overrides: cli.Overrides = None,
 ) -> None:
     """Compute the second moments that a run needs; what is there already is not done again."""
-    try:
+    with cli.errors(*FAILURES):
         files = ensure(configs.load(config, overrides or []))
-    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
     for layer, file in files.items():
         print(f"{layer}\t{file}")
     if not files:

@@ -30,7 +30,7 @@ _TIMEOUT_S = 60
 
 def say(text: str) -> None:
     """Tell the user something beside a job's output."""
-    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False)
+    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)

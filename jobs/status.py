@@ -9,7 +9,7 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote
 
 import typer
@@ -18,6 +18,7 @@ from cluster.lock import LOCK_NAME
 from cluster.progress import clock
 from cluster.queue import read_parts
 from cluster.store import Store
+from jobs import cli, manifests
 
 RECENT = timedelta(minutes=10)
 """What was committed in the last so long of a run tells its rate and its workers."""
@@ -26,7 +27,7 @@ SILENT = 30.0
 SHOWN = 5
 """Cases by name of each reason."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Status:
 
 def status(store: Store) -> Status:
     """Raises ValueError where the store is no run directory, StoreError where it fails."""
-    manifest = _manifest(store)
+    manifest = manifests.read(store)
     results = store.sub("results")
     written = results.written(suffix=".parquet")
     found = read_parts(results, list(written))
@@ -77,21 +78,6 @@ def status(store: Store) -> Status:
         workers=workers,
         driver=_driver(results),
     )
-
-
-def _manifest(store: Store) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(store.read_bytes("manifest.json"))
-        if manifest.keys() >= {"name", "records", "editors"}:
-            return manifest
-    except FileNotFoundError:
-        raise ValueError(
-            f"{store.uri} is not a run directory: it has no manifest.json. "
-            "Give the directory that jobs.evaluate writes to."
-        ) from None
-    except (ValueError, AttributeError):
-        pass
-    raise ValueError(f"{store.uri}/manifest.json is damaged or not of a run.")
 
 
 def _recent(results: Store, written: dict[str, datetime]) -> tuple[float, dict[str, int]]:
@@ -162,11 +148,8 @@ def main(
     run_dir: Annotated[str, typer.Argument(help="A run directory, local or s3://...")],
 ) -> None:
     """Say what is done and left of a run, how fast, by whom, and what failed why."""
-    try:
+    with cli.errors():
         show(status(Store(run_dir)))
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 from cluster.queue import Lease
 from cluster.store import Store
 from jobs import config as configs
+from jobs import manifests
 from jobs.config import ConfigError, RunConfig
-from jobs.reduce import read_manifest
 from rome import edit_files
 from rome.deltas import Edit
 from rome.edit_files import Origin
@@ -103,7 +103,7 @@ class _Looked:
 
 def check(config: RunConfig, manifest: Mapping[str, Any]) -> None:
     """Raises ConfigError where the edits that a run is to score are not of its model or editors."""
-    source = read_manifest(Store(str(config.edits)))
+    source = manifests.read(Store(str(config.edits)))
     before, now = source["model_fingerprint"], manifest["model_fingerprint"]
     if before != now:
         raise ConfigError(

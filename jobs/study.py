@@ -21,6 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from statsmodels.stats.inter_rater import fleiss_kappa
 
+from jobs import cli
 from jobs.compare import read
 from jobs.pages import packed, render
 from jobs.reduce import print_table
@@ -219,7 +220,7 @@ def _ratio(a: int, b: int) -> float | None:
     return float("inf") if a else None
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = cli.new_app(no_args_is_help=True)
 
 
 @app.command("make")
@@ -233,16 +234,13 @@ def make_command(
     seed: Annotated[int, typer.Option(help="Of records, texts, sides and order.")] = 0,
 ) -> None:
     """Write the rating page, DIR/pages/index.html, and its key, DIR/key.json."""
-    try:
+    with cli.errors():
         if (out / KEY).exists():
             raise ValueError(f"{out} holds a study, whose key answers may need; choose another")
         page, key = make(run_dirs, a, b, records, checks, seed)
         (out / "pages").mkdir(parents=True, exist_ok=True)
         (out / "pages" / "index.html").write_text(page, "utf-8")
         (out / KEY).write_text(json.dumps(key, indent=1), "utf-8")
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     say(f"for raters: {out / 'pages' / 'index.html'}; not for raters: {out / KEY}")
 
 
@@ -252,12 +250,9 @@ def tally_command(
     files: Annotated[list[Path], typer.Argument(help="The files that raters sent back.")],
 ) -> None:
     """Print the preference ratios with intervals and agreement."""
-    try:
+    with cli.errors():
         key = json.loads((study / KEY).read_text("utf-8"))
         result = tally(key, [_read(file) for file in files])
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     a, b = key["a"], key["b"]
     columns = ("Which is more", a, b, "Same", f"{a} / {b}", "95 %", "Fleiss' kappa")
     table = Table(*columns, box=SIMPLE_HEAD)

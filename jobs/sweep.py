@@ -6,23 +6,20 @@ which the row `rome` stands once for each of them, with one table and curves at 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, get_args
 
 import polars as pl
 import typer
-from ray.exceptions import RayError
 
-from cluster.lock import LockedError
-from cluster.run import RunError
+from cluster.run import FAILURES
 from cluster.store import Store
+from jobs import cli, figures
 from jobs import config as configs
-from jobs import figures
 from jobs.config import ConfigError, RunConfig
-from jobs.evaluate import STOPPED, evaluate
-from jobs.reduce import reduce
+from jobs.evaluate import evaluate
+from jobs.reduce import reduce, write_table
 from jobs.sources import say
 from rome import models
 from rome.editors.contexts import Position
@@ -89,13 +86,11 @@ def table(out: str, config: RunConfig) -> pl.DataFrame:
         .join(pl.DataFrame(places, schema=schema, orient="row"), on="editor", how="left")
         .drop("^(GE|RS)(_.*)?$")
     )
-    buffer = io.BytesIO()
-    frame.write_parquet(buffer)
-    store.write_bytes(SWEEP, buffer.getvalue())
+    write_table(store, SWEEP, frame)
     return frame
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
@@ -108,12 +103,10 @@ def main(
     positions: Annotated[str, typer.Option(help="Positions, separated by commas.")] = ",".join(
         get_args(Position)
     ),
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
-    ] = None,
+    overrides: cli.Overrides = None,
 ) -> None:
     """Edit at every layer and token, and draw the scores; the same line resumes."""
-    try:
+    with cli.errors(*FAILURES):
         chosen = [int(layer) for layer in layers.split(",") if layer]
         run_config = expanded(configs.load(config, overrides or []), chosen, positions.split(","))
         out = out or str(configs.workspace() / "runs" / run_config.name)
@@ -121,12 +114,9 @@ def main(
         frame = table(out, run_config)
         figures.save(Store(out), {"sweep": figures.sweep_curves(frame, run_config.model.name)})
         best = frame.drop_nulls(["layer", "S"]).sort("S")
-        if status != STOPPED and not best.is_empty():  # Unfinished layers would not compare.
+        if status != cli.STOPPED and not best.is_empty():  # Unfinished layers would not compare.
             where = best.row(-1, named=True)
             say(f"best S: {where['S']:.1f} at layer {where['layer']}, {where['position']}")
-    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
     raise typer.Exit(status)
 
 

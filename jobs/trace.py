@@ -7,7 +7,6 @@ heat maps. Run the same line again to resume; a run in progress is drawn as far 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import socket
@@ -21,16 +20,16 @@ import polars as pl
 import pyarrow as pa
 import typer
 from pydantic import PositiveInt
-from ray.exceptions import RayError
 
-from cluster.lock import LockedError
 from cluster.queue import Grid, Lease
-from cluster.run import RunError, RunSettings, once, run
+from cluster.run import FAILURES, RunSettings, once, run
 from cluster.store import Store
+from jobs import cli, figures, manifests, sources
 from jobs import config as configs
-from jobs import figures, sources
-from jobs.config import ConfigError, ModelConfig
+from jobs.config import ModelConfig
+from jobs.manifests import MANIFEST
 from jobs.pinned import load_model
+from jobs.reduce import write_table
 from jobs.sources import say
 from rome import tracing
 from rome.evaluation import TOKEN_BUDGETS
@@ -38,9 +37,7 @@ from rome.results import ERROR, OK
 from rome.tracing import KnownFact, TraceSettings
 
 KindName = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
-MANIFEST = "manifest.json"
 EFFECTS, AVERAGES = "effects.parquet", "averages.parquet"
-_STOPPED, _DEAD_LETTERS = 130, 3
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -183,12 +180,7 @@ def run_traces(config: TraceConfig, out: str) -> int:
         config.workers,
         expect={"model_fingerprint": manifest["model_fingerprint"]},
     )
-    if outcome.stopped or outcome.done < outcome.total:
-        say(f"stopped: {outcome.done} of {outcome.total} traces are done; the same line resumes")
-        return _STOPPED
-    for group, known_id, error in outcome.dead:
-        say(f"dead letter: {group} fact {known_id}: {error}")
-    return _DEAD_LETTERS if outcome.dead else 0
+    return cli.ended(outcome, "traces", "fact")
 
 
 def _manifest(
@@ -198,15 +190,11 @@ def _manifest(
     now = {"config": _plain(config), "facts": {"sha256": digest}}
     if store.exists(MANIFEST):
         there: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
-        if changed := configs.difference({key: there.get(key) for key in now}, now):
-            raise ConfigError(
-                f"{store.uri} holds another run; choose another --out, or go back to what it has:\n"
-                + "\n".join(changed)
-            )
+        configs.refuse_another(store.uri, {key: there.get(key) for key in now}, now, "run")
         return there
     found = once(_model_facts, config, subjects, settings=config.workers)
     manifest = {"name": config.name, **now, **found}
-    store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    manifests.write(store, manifest)
     return manifest
 
 
@@ -305,9 +293,7 @@ def reduce(out: str) -> None:
         raise ValueError(f"{store.uri}: the model knows none of the facts traced so far")
     average = averages(frame)
     for name, table in ((EFFECTS, frame), (AVERAGES, average)):
-        buffer = io.BytesIO()
-        table.write_parquet(buffer)
-        store.write_bytes(name, buffer.getvalue())
+        write_table(store, name, table)
     totals = frame.unique("known_id")["total_effect"].to_list()
     average_total = sum(totals) / len(totals)
     say(f"{len(totals)} known facts, average total effect {average_total:.3f}")
@@ -334,7 +320,7 @@ def draw_fact(out: str, known_id: int) -> None:
     figures.save(store, {f"trace-fact-{known_id}": figures.trace_fact(frame, window)})
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
@@ -346,12 +332,10 @@ def main(
     fact: Annotated[
         list[int] | None, typer.Option(help="Draw this fact's heat maps, too (known_id).")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
-    ] = None,
+    overrides: cli.Overrides = None,
 ) -> None:
     """Trace known facts and draw where they are recalled; the same line resumes."""
-    try:
+    with cli.errors(*FAILURES):
         chosen = configs.validate(
             TraceConfig, configs.filled(config, overrides or []), f"{config}: "
         )
@@ -360,9 +344,6 @@ def main(
         reduce(out)
         for known_id in fact or []:
             draw_fact(out, known_id)
-    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
     raise typer.Exit(status)
 
 

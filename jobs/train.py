@@ -13,17 +13,17 @@ from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
-from ray.exceptions import RayError
 
-from cluster.lock import LockedError, RunLock
+from cluster.lock import RunLock
 from cluster.progress import LOG_SECONDS
-from cluster.run import RunError, stream
+from cluster.run import FAILURES, stream
 from cluster.store import Store
+from jobs import cli, manifests
 from jobs import config as configs
 from jobs import corpus as corpora
 from jobs.config import ConfigError, CorpusConfig
-from jobs.evaluate import STOPPED, record_store
-from jobs.prepare import MANIFEST
+from jobs.evaluate import record_store
+from jobs.manifests import MANIFEST
 from jobs.sources import say
 from jobs.training import TrainConfig, best, finished, folder, read_curve, train
 
@@ -41,9 +41,9 @@ def load(path: str, overrides: list[str]) -> TrainConfig:
 def run(config: TrainConfig, out: str) -> int:
     """Train what is left of a training, say how it went, and give the exit status.
 
-    0: it has come to its end. STOPPED: not yet. Raises ConfigError where the folder holds another
-    training, LockedError where it has a driver already, and RayError where the worker fails; the
-    same line then goes on from the checkpoint.
+    0: it has come to its end. cli.STOPPED: not yet. Raises ConfigError where the folder holds
+    another training, LockedError where it has a driver already, and RayError where the worker
+    fails; the same line then goes on from the checkpoint.
     """
     store = Store(out)
     records = record_store(config.data.benchmark) if config.data.benchmark else None
@@ -56,7 +56,7 @@ def run(config: TrainConfig, out: str) -> int:
     curve = read_curve(store)
     if not finished(curve, config.training):
         say("stopped; the same line goes on from the last validation")
-        return STOPPED
+        return cli.STOPPED
     chosen = curve[best(curve)]
     seconds = timedelta(seconds=round(curve[-1]["seconds"]))
     say(f"{config.name}: {curve[-1]['step']} steps, {seconds}")
@@ -77,13 +77,9 @@ def _claim(config: TrainConfig, store: Store, records: Store | None) -> None:
         plain["passages"] = corpora.identity(CorpusConfig(corpus=str(config.data.corpus)))
     now = json.loads(json.dumps(plain))
     if store.exists(MANIFEST):
-        if changed := configs.difference(json.loads(store.read_bytes(MANIFEST)), now):
-            raise ConfigError(
-                f"{store.uri} holds another training; choose another --out, or go back to what it "
-                "has:\n" + "\n".join(changed)
-            )
-        return
-    store.write_bytes(MANIFEST, json.dumps(now, indent=1, ensure_ascii=False).encode())
+        configs.refuse_another(store.uri, json.loads(store.read_bytes(MANIFEST)), now, "training")
+    else:
+        manifests.write(store, now)
 
 
 class _Shown:
@@ -116,7 +112,7 @@ def _figures(row: dict[str, Any]) -> str:
     )
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = cli.new_app()
 
 
 @app.command()
@@ -125,17 +121,12 @@ def main(
     out: Annotated[
         str | None, typer.Option(help="Folder or URI [workspace/hypernetworks/NAME].")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one key: key=value.")
-    ] = None,
+    overrides: cli.Overrides = None,
 ) -> None:
     """Train an editor; the same line resumes."""
-    try:
+    with cli.errors(*FAILURES):
         train_config = load(config, overrides or [])
         status = run(train_config, out or str(folder() / train_config.name))
-    except (ConfigError, LockedError, RunError, ValueError, OSError, RayError) as error:
-        say(f"error: {error}")
-        raise typer.Exit(1) from None
     raise typer.Exit(status)
 
 

@@ -28,7 +28,7 @@ from rome.records import Request
 from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _CONFIGS = Path(__file__).parents[1] / "configs" / "models"
 

@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from rome.results import OK
-from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS, resampled_means
+from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS, cluster_of, resampled_means
 
 RECORD_METRICS = (*METRICS[1:], *ZSRE_METRICS, *EXTRA_METRICS)
 """All but S, which a record does not have."""
@@ -102,11 +102,6 @@ def _pair(
             }
         )
     return rows
-
-
-def cluster_of() -> pl.Expr:
-    """The relation of a record; one without is a cluster of its own."""
-    return pl.coalesce("relation_id", pl.format("case {}", "case_id")).alias("cluster")
 
 
 def _interval(paired: pl.DataFrame) -> dict[str, float]:

@@ -5,6 +5,7 @@ Legend: B rows, E edits, T tokens, K input size, D output size, R rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ class DenseDelta:
 
 
 Delta = LowRankDelta | DenseDelta
+
+
+def total_norm(deltas: Mapping[str, Delta]) -> float:
+    """Frobenius norm of all changes together."""
+    return math.hypot(*(delta.norm for delta in deltas.values()))
 
 
 @dataclass(frozen=True)

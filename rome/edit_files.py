@@ -21,6 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rome import files
 from rome.deltas import Delta, DenseDelta, Edit, LowRankDelta
 from rome.models import EditableModel
 from rome.records import Request
@@ -37,15 +38,9 @@ class Origin:
 
 def save(path: str | os.PathLike[str], edit: Edit, model: EditableModel, editor: str) -> None:
     """Write one edit of a model, whole or not at all. `editor`: the name of who made it."""
-    path = Path(path)
     origin = Origin(editor=editor, model=model.name, model_fingerprint=model.fingerprint())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with files.replacing(path) as temporary:
         temporary.write_bytes(dumps([edit], origin))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, Origin]:
@@ -131,15 +126,11 @@ def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
 
 def _check_shape(name: str, delta: Delta, model: EditableModel, where: str) -> None:
     try:
-        shape = model.hf.get_parameter(name).shape
+        expected = [*model.sizes(name)]
     except AttributeError:
         raise ValueError(
             f"{where} changes the weight '{name}', which {model.name} has not"
         ) from None
-    if len(shape) == 1:  # A bias is a map from one input: see DenseDelta.
-        expected = [shape[0], 1]
-    else:
-        expected = [*reversed(shape)] if model.family.transposed else [*shape]
     if isinstance(delta, LowRankDelta):
         changed = [len(delta.left_DR), len(delta.right_KR)]
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,24 @@ Answer = TypeVar("Answer")
 BACKWARD = {"cpu": 1, "cuda": 8}
 
 _log = logging.getLogger(__name__)
+
+
+def by_length(
+    lengths: Sequence[int], token_budget: int, most: int | None = None
+) -> Iterator[list[int]]:
+    """Batches of indices in ascending order of length.
+
+    A batch has at most `token_budget` tokens, padding included, unless one item alone has more, and
+    at most `most` items.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and ((len(batch) + 1) * lengths[i] > token_budget or len(batch) == most):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def in_halves(run: Callable[[Sequence[Item]], list[Answer]], batch: Sequence[Item]) -> list[Answer]:

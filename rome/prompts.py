@@ -22,6 +22,14 @@ class Encoded:
     special: list[bool]
 
 
+@dataclass(frozen=True)
+class Text:
+    """Tokens of a prompt and its target, and the index of the target's first."""
+
+    ids: list[int]
+    start: int
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
     """Encode whole texts as the tokenizer does by default (with BOS where it adds one)."""
     if not texts:
@@ -67,6 +75,15 @@ def subject_last(encoded: Encoded, prompt: str, subject: str) -> int:
         if not encoded.special[i] and start <= last < stop:
             return i
     raise ValueError(f"the subject {subject!r} has no token in the prompt {prompt!r}")
+
+
+def subject_tokens(encoded: Encoded, prompt: str, subject: str) -> range:
+    """Indices of the tokens that hold the subject, as `subject_last` has its last one."""
+    last = subject_last(encoded, prompt, subject)
+    begin = prompt.index("{}")
+    owned = zip(encoded.spans, encoded.special, strict=True)
+    first = next(i for i, ((_, stop), special) in enumerate(owned) if not special and stop > begin)
+    return range(first, last + 1)
 
 
 @dataclass

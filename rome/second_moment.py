@@ -11,17 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rome import prompts
+from rome import files, memory, prompts
 from rome.models import EditableModel
 
 
@@ -97,8 +96,8 @@ def accumulate(
     ]
     base = model.up_to(max(layers))
     try:
-        for rows in _batches(texts):
-            batch = prompts.pad(rows, model.device)
+        for chosen in memory.by_length([len(text) for text in texts], _BATCH_TOKENS):
+            batch = prompts.pad([texts[i] for i in chosen], model.device)
             base(
                 input_ids=batch.ids_BT,
                 attention_mask=batch.mask_BT,
@@ -113,22 +112,9 @@ def accumulate(
     return moments
 
 
-def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Texts of similar length, as many as fit with their padding."""
-    batch: list[Sequence[int]] = []
-    for text in sorted(texts, key=len):
-        if batch and (len(batch) + 1) * len(text) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
-
-
 def key_size(model: EditableModel, layer: int) -> int:
     """Number of inputs of a layer's down-projection. Raises ValueError where there is no layer."""
-    weight = model.down_projection(layer).get_parameter("weight")
-    return weight.shape[0 if model.family.transposed else 1]
+    return model.sizes(model.weight_name(layer))[1]
 
 
 def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
@@ -152,20 +138,14 @@ def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
 
 def save(path: str | os.PathLike[str], moment: SecondMoment, origin: Origin) -> None:
     """Write a second moment as safetensors, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "origin": json.dumps(asdict(origin)),
         "tokens": str(moment.count),
         "fingerprint": moment.fingerprint(),
     }
     tensors = {"sum": moment.sum_KK.cpu().contiguous(), "count": torch.tensor(moment.count)}
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:

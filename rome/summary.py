@@ -195,10 +195,9 @@ def _bootstrap(group: pl.DataFrame) -> dict[str, float | None]:
     Relations are drawn with replacement, as many as there are, and each brings all its records.
     The same draws for every editor, so that intervals of editors can be compared.
     """
-    alone = pl.format("case {}", "case_id")
     clusters = (
         group.filter(pl.col("status") == OK)
-        .group_by(pl.coalesce("relation_id", alone).alias("cluster"))
+        .group_by(cluster_of())
         .agg(pl.col(_MEANS).sum().name.suffix("_sum"), pl.col(_MEANS).count().name.suffix("_n"))
         .sort("cluster")
     )
@@ -218,6 +217,11 @@ def _bootstrap(group: pl.DataFrame) -> dict[str, float | None]:
         for end, percent in (("low", 2.5), ("high", 97.5))
         if not np.isnan(sample).all()
     }
+
+
+def cluster_of() -> pl.Expr:
+    """The relation of a record; one without is a cluster of its own."""
+    return pl.coalesce("relation_id", pl.format("case {}", "case_id")).alias("cluster")
 
 
 def resampled_means(sums_GM: Any, counts_GM: Any) -> Any:

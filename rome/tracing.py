@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rome import prompts
-from rome.editors.contexts import subject_tokens
 from rome.models import EditableModel
 
 Part = Literal["mlp", "attention"]
@@ -152,7 +151,7 @@ def trace(
     sample of all layers goes. The noise depends on (seed, known_id) alone.
     """
     (encoded,) = model.encode([fact.prompt])
-    subject = subject_tokens(encoded, fact.template, fact.subject)
+    subject = prompts.subject_tokens(encoded, fact.template, fact.subject)
     noise_SND = _noise(model, fact, settings, len(subject)) * (settings.noise * std)
     observed = observe(model, encoded.ids, subject, noise_SND)
     found: dict[str, Any] = {

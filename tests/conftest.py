@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,7 @@ def test_the_job_compares_the_editors_of_runs(tmp_path: Path) -> None:
     weak, strong = result_rows(40, "same", 1.0), result_rows(40, "same", 9.0)
     first = make_run(tmp_path / "first", {"none": result_rows(40, "same", 0.0), "rome": weak})
     second = make_run(tmp_path / "second", {"rome": strong})
+    assert "[those of the paper's table]" in " ".join(invoke("--help").stdout.split())
     out = tmp_path / "pairs.parquet"
     result = invoke(first, second, "--format", "markdown", "--out", out)
     assert result.exit_code == 0, result.stderr

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_rome import close, one_thread  # noqa: F401
+from test_rome import close
 from tiny import REQUESTS
 from torch import Tensor
 
 from rome import prompts
 from rome.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
 from rome.models import EditableModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ("gpt2", "gptj", "llama")
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from oracle_fine_tuning import Outcome, fine_tune
-from test_rome import MAIN, one_thread  # noqa: F401
+from test_rome import MAIN
 from tiny import REQUESTS, no_narrowing  # noqa: F401
 
 from rome.deltas import DenseDelta, Edit, applied
@@ -21,9 +21,12 @@ from rome.editors.fine_tuning import (
     FineTuning,
     FineTuningSettings,
 )
-from rome.models import FAMILIES, EditableModel
+from rome.families import FAMILIES
+from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import Solver
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGET = 60  # All the requests do not fit into one batch.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import oracle_hypernetworks as oracle
@@ -20,18 +19,11 @@ from rome.hypernetwork_training import Example, Trainer, TrainingSettings
 from rome.models import EditableModel
 from rome.records import Request
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAIN = ["gpt2", "gptj", "llama"]
 SETTINGS = KnowledgeEditorSettings(hidden=12, condition=10)
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network_of(model: EditableModel) -> KnowledgeEditorNetwork:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rome.deltas import Edit, LowRankDelta, applied
 from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
-from rome.models import FAMILIES, EditableModel
+from rome.families import FAMILIES
+from rome.models import EditableModel
 from rome.records import Request
 
 BUDGET = 300  # All the requests do not fit into one batch.

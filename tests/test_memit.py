@@ -16,7 +16,8 @@ from rome.deltas import Edit, LowRankDelta
 from rome.editors import JointEditor
 from rome.editors.memit import Memit, MemitSettings
 from rome.editors.values import ValueSettings
-from rome.models import FAMILIES, EditableModel, UnsupportedModelError
+from rome.families import FAMILIES, UnsupportedModelError
+from rome.models import EditableModel
 from rome.second_moment import SecondMoment, Solver
 
 BUDGET = 300  # All the requests do not fit into one batch.

@@ -27,6 +27,13 @@ print(memory.in_halves(squares, [0, 1, 2, 3, 4, 5, 6, 7]))
 """
 
 
+def test_batches_by_length_keep_to_the_budget_with_their_padding() -> None:
+    lengths = [3, 1, 9, 1, 2]  # The third is too long for any batch and runs alone.
+    assert list(memory.by_length(lengths, 6)) == [[1, 3, 4], [0], [2]]
+    assert list(memory.by_length(lengths, 6, most=2)) == [[1, 3], [4, 0], [2]]
+    assert list(memory.by_length([], 6)) == []
+
+
 def test_a_process_short_of_memory_goes_on_with_halves() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=True

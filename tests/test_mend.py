@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import oracle_hypernetworks as oracle
 import pytest
 import tiny
@@ -17,18 +15,11 @@ from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
 from rome.models import EditableModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAIN = ["gpt2", "gptj", "llama"]
 SETTINGS = MendSettings(rank=24, hidden_layers=1)  # More than one size and less than the other.
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(model: EditableModel) -> MendNetwork:
@@ -39,7 +30,7 @@ def trained(model: EditableModel) -> MendNetwork:
         torch.manual_seed(2)
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        texts = gradients.encode(model, [(r.text, r.target) for r in REQUESTS])
+        texts = model.encode_targets([(r.text, r.target) for r in REQUESTS])
         rows = gradients.observe(model, 1, texts)
         network.train()(gradients.gradients(model, network.weights, rows))
     return network.eval()
@@ -75,7 +66,7 @@ def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers:
     """Also from the first layer on, where the embeddings enter."""
     model = tiny.model(family)
     weights = gradients.mlp_weights(model, layers)
-    texts = gradients.encode(model, [(r.text, r.target) for r in REQUESTS])
+    texts = model.encode_targets([(r.text, r.target) for r in REQUESTS])
     rows = gradients.observe(model, 3 - layers, texts)
     found = gradients.gradients(model, weights, rows)
     for e, request in enumerate(REQUESTS):

@@ -10,8 +10,9 @@ import torch
 from test_rome import close
 from transformers import AutoConfig
 
-from rome import models
-from rome.models import FAMILIES, EditableModel, UnsupportedModelError
+from rome import families, models
+from rome.families import FAMILIES, UnsupportedModelError
+from rome.models import EditableModel
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from rome.models import FAMILIES, EditableModel, UnsupportedModelError
 )
 def test_other_models_are_refused_by_name(kind: str, rule: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rule):
-        models.family_of(AutoConfig.for_model(kind))
+        families.family_of(AutoConfig.for_model(kind))
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

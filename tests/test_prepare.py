@@ -133,6 +133,8 @@ def test_a_failed_preparation_leaves_no_store_and_is_done_again(tmp_path: Path) 
     obstacle.mkdir(parents=True)
     assert run(source, "--out", out, "--shard-rows", 2)[0] == 1
     status, output = run("describe", out)
+    # Words between colons, as in the ids of data sets, are no emoji.
+    assert "'a:train:b' is no file" in run("a:train:b", "--out", out)[1]
     assert (status, "is no store: it has no manifest.json" in output) == (1, True)
     obstacle.rmdir()
     prepare(source, str(out), shard_rows=5)

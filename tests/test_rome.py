@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
@@ -17,9 +17,12 @@ from torch import Tensor
 from rome.deltas import Edit, LowRankDelta, applied, dense
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
-from rome.models import FAMILIES, EditableModel
+from rome.families import FAMILIES
+from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import SecondMoment, Solver
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGET = 300  # All the requests do not fit into one batch.
 
@@ -50,15 +53,6 @@ def parts(edit: Edit) -> tuple[Tensor, Tensor]:
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float) -> None:

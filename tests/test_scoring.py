@@ -10,7 +10,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from test_rome import MAIN, close, one_thread, random_edits  # noqa: F401
+from test_rome import MAIN, close, random_edits
 from tiny import no_narrowing  # noqa: F401
 
 from rome.deltas import Edit, dense
@@ -20,6 +20,8 @@ from rome.scoring import generation, greedy
 from rome.scoring.generation import GenerationSettings, Start
 from rome.scoring.greedy import Question
 from rome.scoring.probabilities import Extras, Query, score, score_records
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Targets of one and several tokens, one the beginning of another, after prompts that repeat, that
 # end in a space, and that another prompt with its target is the beginning of.

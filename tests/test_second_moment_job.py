@@ -20,7 +20,8 @@ from jobs import corpus as corpora
 from jobs import second_moment
 from jobs.config import CorpusConfig, RunConfig
 from jobs.corpus import Passages
-from rome.models import FAMILIES, EditableModel
+from rome.families import FAMILIES
+from rome.models import EditableModel
 from rome.second_moment import UnsolvableError, accumulate, load
 
 K = 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,11 @@ from tiny import no_narrowing  # noqa: F401
 from torch import Tensor, nn
 
 from rome import tracing
-from rome.models import FAMILIES, EditableModel
+from rome.families import FAMILIES
+from rome.models import EditableModel
 from rome.tracing import KINDS, KnownFact, TraceSettings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ("gpt2", "gptj", "llama")
 SETTINGS = TraceSettings(samples=3, window=2)
@@ -24,15 +26,6 @@ FACTS = [
     KnownFact(6, "Žižek", "Paris", "Everyone admires Žižek"),
 ]
 ATTENTION = {"gpt2": "attn", "gptj": "attn", "gpt_neox": "attention"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are slower with more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def taught(family: str, dtype: str = "float64", kind: str = "plain") -> EditableModel:

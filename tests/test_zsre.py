@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import tiny
-from test_rome import MAIN, one_thread, random_edits  # noqa: F401
+from test_rome import MAIN, random_edits
 from test_scoring import changed
 from tiny import no_narrowing  # noqa: F401
 from typer.testing import CliRunner
@@ -28,6 +28,8 @@ from rome.records import RECORD_SCHEMA, Record, from_table, to_table
 from rome.results import OK, RESULT_SCHEMA
 from rome.scoring.probabilities import score_records
 from rome.summary import summarize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -76,18 +76,9 @@ def contexts(
     return made
 
 
-def subject_tokens(encoded: Encoded, prompt: str, subject: str) -> range:
-    """Indices of the tokens that hold the subject, as `prompts.subject_last` has its last one."""
-    last = prompts.subject_last(encoded, prompt, subject)
-    begin = prompt.index("{}")
-    owned = zip(encoded.spans, encoded.special, strict=True)
-    first = next(i for i, ((_, stop), special) in enumerate(owned) if not special and stop > begin)
-    return range(first, last + 1)
-
-
 def _pivot(encoded: Encoded, prompt: str, subject: str, position: Position, end: int) -> int:
     """Index of the token of a position in a prompt whose tokens stop before `end`."""
-    at = subject_tokens(encoded, prompt, subject)
+    at = prompts.subject_tokens(encoded, prompt, subject)
     match position:
         case "subject_first":
             return at[0]

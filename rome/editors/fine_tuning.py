@@ -10,19 +10,20 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rome import memory, prompts
-from rome.deltas import DenseDelta, Edit
+from rome.deltas import DenseDelta, Edit, total_norm
+from rome.editors.gradients import entering
 from rome.models import EditableModel
-from rome.prompts import Batch
+from rome.prompts import Batch, Text
 from rome.records import Request
 
 
@@ -134,23 +135,13 @@ class FineTuning:
 
         Raises ValueError where a target has no token before it.
         """
-        rows = [_row(self.model, request, self.settings.target_loss) for request in requests]
+        texts = self.model.encode_targets([(r.text, r.target) for r in requests])
+        rows = [_row(text, self.settings.target_loss) for text in texts]
         edits: dict[int, Edit] = {}
-        for batch in self._batches(rows):
+        for batch in memory.by_length([len(row.ids) for row in rows], self.tokens, self.edits):
             made = self._edit([requests[i] for i in batch], [rows[i] for i in batch])
             edits |= zip(batch, made, strict=True)
         return [edits[i] for i in range(len(requests))]
-
-    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
-            tokens = (len(batch) + 1) * len(rows[i].ids)
-            if batch and (tokens > self.tokens or len(batch) == self.edits):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
     def _edit(self, requests: Sequence[Request], rows: Sequence[_Row]) -> list[Edit]:
         original = {
@@ -163,10 +154,8 @@ class FineTuning:
         edits = []
         for request, copy, loss in zip(requests, copies, losses, strict=True):
             deltas = {name: self._delta(copy[name] - w) for name, w in original.items()}
-            norm = sum(delta.norm**2 for delta in deltas.values()) ** 0.5
-            edits.append(
-                Edit(request, deltas, {"steps": len(loss), "loss": loss[-1], "norm": norm})
-            )
+            health = {"steps": len(loss), "loss": loss[-1], "norm": total_norm(deltas)}
+            edits.append(Edit(request, deltas, health))
         return edits
 
     def _delta(self, change: Tensor) -> DenseDelta:
@@ -247,45 +236,25 @@ class FineTuning:
     @torch.no_grad()
     def _observe(self, rows: Sequence[_Row]) -> _Observed:
         """One pass of the unedited model up to the layer, and what the loss reads."""
-        model, layer = self.model, self.settings.layer
-        batch = prompts.pad([row.ids for row in rows], model.device)
-        entering: list[Tensor] = []
-
-        def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else kwargs["hidden_states"])
-
-        if layer > 0:
-            hook = model.layers[layer].register_forward_pre_hook(keep, with_kwargs=True)
-            try:
-                model.up_to(layer)(
-                    input_ids=batch.ids_BT,
-                    attention_mask=batch.mask_BT,
-                    position_ids=batch.positions_BT,
-                    use_cache=False,
-                )
-            finally:
-                hook.remove()
-        columns = prompts.pad([row.columns for row in rows], model.device)
-        target = prompts.pad([row.target for row in rows], model.device)
+        device = self.model.device
+        batch = prompts.pad([row.ids for row in rows], device)
+        columns = prompts.pad([row.columns for row in rows], device)
+        target = prompts.pad([row.target for row in rows], device)
         mask_EN = target.mask_BT.to(self.wide)
         return _Observed(
             batch,
-            entering[0] if entering else None,
+            entering(self.model, self.settings.layer, batch),
             columns.ids_BT,
             target.ids_BT,
             mask_EN / mask_EN.sum(1, keepdim=True),
         )
 
 
-def _row(model: EditableModel, request: Request, target_loss: str) -> _Row:
-    (encoded,) = model.encode([prompts.with_target(request.text, request.target)])
-    start = prompts.target_start(encoded, request.text)
-    if start == 0:
-        raise ValueError(f"a target needs a token before it, got the prompt {request.text!r}")
-    target = encoded.ids[start:]
+def _row(text: Text, target_loss: str) -> _Row:
+    ids, start = text.ids, text.start
     if target_loss == "published":
-        return _Row(encoded.ids[:start], target, [start - 1])
-    return _Row(encoded.ids[:-1], target, list(range(start - 1, len(encoded.ids) - 1)))
+        return _Row(ids[:start], ids[start:], [start - 1])
+    return _Row(ids[:-1], ids[start:], list(range(start - 1, len(ids) - 1)))
 
 
 @torch.no_grad()

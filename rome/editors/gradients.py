@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rome import prompts
 from rome.models import EditableModel
+from rome.prompts import Text
 
 
 def mlp_weights(model: EditableModel, layers: int) -> list[str]:
@@ -41,35 +42,6 @@ def mlp_weights(model: EditableModel, layers: int) -> list[str]:
 def module_of(model: EditableModel, weight: str) -> nn.Module:
     """The module that owns a weight."""
     return model.hf.get_submodule(weight.removesuffix(".weight"))
-
-
-def sizes(model: EditableModel, weight: str) -> tuple[int, int]:
-    """Output and input size (D, K) of a weight, however it is stored."""
-    first, second = model.hf.get_parameter(weight).shape
-    return (second, first) if model.family.transposed else (first, second)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens of a prompt and its target, and the index of the target's first."""
-
-    ids: list[int]
-    start: int
-
-
-def encode(model: EditableModel, pairs: Sequence[tuple[str, str]]) -> list[Text]:
-    """The tokens in which each (prompt, target) is scored.
-
-    Raises ValueError where no token comes before the target.
-    """
-    encoded = model.encode([prompts.with_target(*pair) for pair in pairs])
-    texts = []
-    for (prompt, _), row in zip(pairs, encoded, strict=True):
-        start = prompts.target_start(row, prompt)
-        if start == 0:
-            raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")
-        texts.append(Text(row.ids, start))
-    return texts
 
 
 @dataclass(frozen=True)
@@ -98,11 +70,11 @@ def observe(model: EditableModel, first_layer: int, texts: Sequence[Text]) -> Ro
         last = len(text.ids) - 1
         label_ids_BT[b, :last] = torch.tensor(text.ids[1:])
         label_weights_BT[b, text.start - 1 : last] = 1 / (len(text.ids) - text.start)
-    entering = _entering(model, first_layer, batch)
-    return Rows(texts, first_layer, batch, entering, label_ids_BT, label_weights_BT)
+    entering_BTH = entering(model, first_layer, batch)
+    return Rows(texts, first_layer, batch, entering_BTH, label_ids_BT, label_weights_BT)
 
 
-def _entering(model: EditableModel, layer: int, batch: prompts.Batch) -> Tensor | None:
+def entering(model: EditableModel, layer: int, batch: prompts.Batch) -> Tensor | None:
     """The hidden states [B, T, H] that enter a layer; None for the embeddings."""
     if layer == 0:
         return None

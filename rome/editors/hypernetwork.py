@@ -6,8 +6,7 @@ Legend: E edits.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 
-from rome.deltas import Edit
+from rome import memory
+from rome.deltas import Edit, total_norm
 from rome.editors import gradients
-from rome.editors.gradients import Text
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
 from rome.editors.mend import MendNetwork, MendSettings
 from rome.models import EditableModel
+from rome.prompts import Text
 from rome.records import Request
 
 Network = MendNetwork | KnowledgeEditorNetwork
@@ -53,9 +53,9 @@ class HypernetworkEditor:
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         """One edit per request, all computed from the unedited model."""
-        texts = gradients.encode(self.model, [(r.text, r.target) for r in requests])
+        texts = self.model.encode_targets([(r.text, r.target) for r in requests])
         edits: dict[int, Edit] = {}
-        for batch in _batches(texts, self.token_budget):
+        for batch in memory.by_length([len(text.ids) for text in texts], self.token_budget):
             made = make_edits(
                 self.model, self.network, [requests[i] for i in batch], [texts[i] for i in batch]
             )
@@ -72,21 +72,8 @@ def make_edits(
     found = gradients.gradients(model, network.weights, rows)
     edits = []
     for request, loss, deltas in zip(requests, found.loss_E.tolist(), network(found), strict=True):
-        norm = math.hypot(*(delta.norm for delta in deltas.values()))
-        edits.append(Edit(request, deltas, {"loss": loss, "norm": norm}))
+        edits.append(Edit(request, deltas, {"loss": loss, "norm": total_norm(deltas)}))
     return edits
-
-
-def _batches(texts: Sequence[Text], token_budget: int) -> Iterator[list[int]]:
-    """Indices of texts by length, at most `token_budget` tokens together."""
-    batch: list[int] = []
-    for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
-        if batch and (len(batch) + 1) * len(texts[i].ids) > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def first_layer(model: EditableModel, network: Network) -> int:

@@ -20,8 +20,7 @@ of a layer, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -32,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from rome import memory, prompts
-from rome.deltas import Edit, LowRankDelta
+from rome.deltas import Edit, LowRankDelta, total_norm
 from rome.models import EditableModel
 from rome.records import Request
 
@@ -91,8 +90,10 @@ class KnowledgeNeurons:
         Raises ValueError for a request without `target_true`, whose neurons are to be found.
         """
         facts = [self._fact(request) for request in requests]
+        budget = self.token_budget // memory.BACKWARD[self.model.device.type]
+        lengths = [self.settings.steps * len(fact.prompt) for fact in facts]
         edits: dict[int, Edit] = {}
-        for batch in self._batches(facts):
+        for batch in memory.by_length(lengths, budget):
             made = self._edit([requests[i] for i in batch], [facts[i] for i in batch])
             edits |= zip(batch, made, strict=True)
         return [edits[i] for i in range(len(requests))]
@@ -112,18 +113,6 @@ class KnowledgeNeurons:
             return list(self.model.tokenizer(target, add_special_tokens=False)["input_ids"])
         (whole,) = self.model.encode([prompts.with_target(request.text, target)])
         return whole.ids[prompts.target_start(whole, request.text) :]
-
-    def _batches(self, facts: Sequence[_Fact]) -> Iterator[list[int]]:
-        budget = self.token_budget // memory.BACKWARD[self.model.device.type]
-        batch: list[int] = []
-        for i in sorted(range(len(facts)), key=lambda i: len(facts[i].prompt)):
-            tokens = (len(batch) + 1) * self.settings.steps * len(facts[i].prompt)
-            if batch and tokens > budget:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
     def _edit(self, requests: Sequence[Request], facts: Sequence[_Fact]) -> list[Edit]:
         model = self.model
@@ -145,10 +134,7 @@ class KnowledgeNeurons:
                 for layer in layers
                 if found_LEK[layer, e].any()
             }
-            health = {
-                "neurons": int(found_LEK[:, e].sum()),
-                "norm": math.hypot(*(delta.norm for delta in deltas.values())),
-            }
+            health = {"neurons": int(found_LEK[:, e].sum()), "norm": total_norm(deltas)}
             edits.append(Edit(request, deltas, health))
         return edits
 

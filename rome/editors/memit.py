@@ -7,7 +7,6 @@ size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from rome import memory, prompts
-from rome.deltas import Edit, LowRankDelta, applied, written
+from rome.deltas import Edit, LowRankDelta, applied, total_norm, written
 from rome.editors import contexts, values
 from rome.editors.contexts import Contexts
 from rome.editors.values import Value, ValueSettings
-from rome.models import EditableModel, UnsupportedModelError
+from rome.families import UnsupportedModelError
+from rome.models import EditableModel
 from rome.records import Request
 from rome.second_moment import Solver
 
@@ -92,7 +92,7 @@ class Memit:
             health = {
                 "steps": len(value.losses),
                 "loss": value.losses[-1],
-                "norm": _norm(deltas),
+                "norm": total_norm(deltas),
                 "init_norm": float(value.initial_D.norm()),
                 "delta_norm": float(value.delta_D.norm()),
                 "clamp_hits": value.clamp_hits,
@@ -108,7 +108,7 @@ class Memit:
         chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
         found = self._values(requests, chosen)
         (deltas,) = self._insert(requests, chosen, found, together=True)
-        return Edit(requests[-1], deltas, {"norm": _norm(deltas)})
+        return Edit(requests[-1], deltas, {"norm": total_norm(deltas)})
 
     def _values(self, requests: Sequence[Request], chosen: Sequence[Contexts]) -> list[Value]:
         """z of each request: the hidden state after the last layer that says the target
@@ -226,8 +226,3 @@ def _until_subject(request: Contexts) -> list[list[int]]:
     """The rows of the contexts, without the KL prompt's, up to the subject's last token: what
     follows changes nothing there."""
     return [row[: p + 1] for row, p in zip(request.rows, request.pivots, strict=True)][:-1]
-
-
-def _norm(deltas: Mapping[str, LowRankDelta]) -> float:
-    """Frobenius norm of all changes together."""
-    return math.hypot(*(delta.norm for delta in deltas.values()))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rome.deltas import LowRankDelta
-from rome.editors.gradients import Gradients, sizes
+from rome.editors.gradients import Gradients
 from rome.models import EditableModel
 
 
@@ -43,7 +43,7 @@ class MendNetwork(nn.Module):
         self.rates = nn.Parameter(torch.full((len(weights),), settings.edit_rate))
         by_shape: dict[tuple[int, int], list[str]] = {}
         for name in weights:
-            by_shape.setdefault(sizes(model, name), []).append(name)
+            by_shape.setdefault(model.sizes(name), []).append(name)
         self.transforms = nn.ModuleDict()
         for (D, K), names in by_shape.items():
             self.transforms[f"{D}x{K}"] = _Transform(D, K, len(names), settings)

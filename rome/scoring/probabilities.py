@@ -5,7 +5,7 @@ Legend: B rows, T tokens, N scored tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import nan
@@ -71,9 +71,11 @@ def score(
     `token_budget` tokens, padding included.
     """
     result = [Score(nan, nan)] * len(queries)
-    for rows in _batches(_rows(model, queries, edits), token_budget):
-        found = memory.in_halves(lambda part: _score(model, part, edits), rows)
-        for row, scores in zip(rows, found, strict=True):
+    rows = _rows(model, queries, edits)
+    for batch in memory.by_length([len(row.ids) for row in rows], token_budget):
+        chosen = [rows[i] for i in batch]
+        found = memory.in_halves(lambda part: _score(model, part, edits), chosen)
+        for row, scores in zip(chosen, found, strict=True):
             for (query, _, _), one in zip(row.answers, scores, strict=True):
                 result[query] = one
     return result
@@ -83,15 +85,11 @@ def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit])
     # Of records that run as the model is, equal prompts are run once.
     unedited = min((e for e, edit in enumerate(edits) if not edit.deltas), default=0)
     shared = [e if edit.deltas else unedited for e, edit in enumerate(edits)]
-    texts = [prompts.with_target(query.prompt, query.target) for query in queries]
-    needs = []
-    for q, encoded in enumerate(model.encode(texts)):
-        start = prompts.target_start(encoded, queries[q].prompt)
-        if start == 0:
-            raise ValueError(
-                f"a target needs a token before it, got the prompt {queries[q].prompt!r}"
-            )
-        needs.append((shared[queries[q].edit], encoded.ids[:-1], (q, start, encoded.ids[start:])))
+    texts = model.encode_targets([(query.prompt, query.target) for query in queries])
+    needs = [
+        (shared[query.edit], text.ids[:-1], (q, text.start, text.ids[text.start :]))
+        for q, (query, text) in enumerate(zip(queries, texts, strict=True))
+    ]
     rows: list[_Row] = []
     # In descending order a sequence comes right after those that it is a beginning of.
     for edit, ids, answer in sorted(needs, key=lambda need: need[:2], reverse=True):
@@ -100,17 +98,6 @@ def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit])
         else:
             rows.append(_Row(edit, ids, [answer]))
     return rows
-
-
-def _batches(rows: list[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if batch and (len(batch) + 1) * len(row.ids) > token_budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 @torch.inference_mode()

@@ -1,0 +1,55 @@
+"""What the jobs' command lines have in common: how they are made, fail, and end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.sources import say
+
+if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
+    from cluster.run import Outcome
+
+DEAD_LETTERS = 3
+STOPPED = 130
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: key=value.")]
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """The Typer of a job. What its help has in brackets is shown, not taken for markup."""
+    return typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
+    )
+
+
+@contextmanager
+def errors(*others: type[Exception]) -> Iterator[None]:
+    """Say a ValueError, an OSError or one of the others without a traceback, and exit with 1."""
+    said: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    try:
+        yield
+    except said as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
+
+
+def ended(outcome: Outcome, rows: str, one: str) -> int:
+    """Say what a run lacks, and give the job's exit status: 0, STOPPED or DEAD_LETTERS.
+
+    `rows`, `one`: what its rows are, and what each of them is of.
+    """
+    if outcome.stopped or outcome.done < outcome.total:
+        say(
+            f"stopped: {outcome.done} of {outcome.total} {rows} are done; the same line resumes: "
+            + shlex.join(sys.orig_argv)
+        )
+        return STOPPED
+    for group, number, error in outcome.dead:
+        say(f"dead letter: {group} {one} {number}: {error}")
+    return DEAD_LETTERS if outcome.dead else 0
