@@ -111,8 +111,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
             say("note: the code is not what this run began with; its rows may be of both")
         return there
     weights = _weights(config)  # Refused at once where they are not there.
+    facts = once(model_facts, config, weights, settings=config.workers)
     files = {} if config.edits else second_moment.ensure(config)
-    facts = once(model_facts, config, settings=config.workers)
     manifest = {
         "name": config.name,
         **now,

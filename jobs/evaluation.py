@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from jobs.stored_edits import KeptEdits, StoredEdits
 from rome import prompts, records, second_moment
 from rome.deltas import Edit
 from rome.edit_files import Origin
-from rome.editors import EDITORS, Editor, Resources
+from rome.editors import EDITORS, Editor, Resources, hypernetwork
 from rome.evaluation import TOKEN_BUDGETS, evaluate
 from rome.models import EditableModel
 from rome.results import ERROR, OK, RESULT_SCHEMA
@@ -210,9 +211,15 @@ class EvaluationTask:
         return grouped(self.model, editor, self.evaluation.config.grouping(name))
 
 
-def model_facts(config: RunConfig) -> dict[str, Any]:
-    """What only the model can say, once per run: its fingerprint and the context templates."""
+def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What only the model can say, once per run: its fingerprint and the context templates.
+
+    Raises ValueError where one of the files of trained weights is not for this model.
+    """
     model = load_model(config.model)
+    for kind, settings in map(config.editor, config.editors):
+        if (name := EDITORS[kind].trained(settings)) and name in weights:
+            hypernetwork.origin_for(Path(weights[name]), model, kind)
     chosen = config.templates
     templates = chosen.texts or prompts.context_templates(
         sample_context_texts(model, chosen.lengths, chosen.seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from cluster.settings import RunSettings
@@ -143,7 +144,7 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
         layers=config.layers,
         settings=asdict(settings),
         model=config.model.name,
-        model_fingerprint=model.fingerprint(),
+        model_fingerprint=model.fingerprint(torch.bfloat16),
         step=0,
     )
     began = time.monotonic() - curve[-1]["seconds"]

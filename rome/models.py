@@ -113,11 +113,16 @@ class EditableModel:
                 return [token_id]
         raise ValueError(f"{self.name}: the tokenizer has neither <|endoftext|>, BOS nor EOS")
 
-    def fingerprint(self) -> str:
-        """Hash of all weights: equal if and only if (but for chance) every bit is equal."""
+    def fingerprint(self, rounded: torch.dtype | None = None) -> str:
+        """Hash of all weights: equal if and only if (but for chance) every bit is equal.
+
+        `rounded`: of the weights as this dtype has them: bfloat16 gives a model in float32 and
+        the same one in bfloat16 one hash.
+        """
         digest = hashlib.sha256()
         for name, parameter in self.hf.named_parameters():
-            line = f"{name} {parameter.dtype} {tuple(parameter.shape)} {checksum(parameter)}\n"
+            weight = parameter if rounded is None else parameter.to(rounded)
+            line = f"{name} {weight.dtype} {tuple(weight.shape)} {checksum(weight)}\n"
             digest.update(line.encode())
         return digest.hexdigest()
 

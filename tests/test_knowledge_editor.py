@@ -120,7 +120,8 @@ def test_too_few_examples_are_refused() -> None:
 def file(tmp_path: Path) -> Path:
     """A network as a training leaves it."""
     model = tiny.model("gpt2")
-    origin = Origin("test", "ke", 2, {"hidden": 12, "condition": 10}, "", model.fingerprint(), 7)
+    rounded = model.fingerprint(torch.bfloat16)
+    origin = Origin("test", "ke", 2, {"hidden": 12, "condition": 10}, "", rounded, 7)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(hypernetwork.serialised(network_of(model), origin))
     return path
@@ -134,6 +135,12 @@ def test_the_registered_editor_loads_what_was_trained(file: Path) -> None:
     (expected,) = HypernetworkEditor(model, network_of(model), BUDGET).edit(REQUESTS[:1])
     for name, delta in expected.deltas.items():
         assert torch.equal(dense(found.deltas[name]), dense(delta))
+
+
+def test_a_network_serves_the_same_weights_in_bfloat16(file: Path) -> None:
+    model = tiny.model("gpt2")
+    model.hf.to(torch.bfloat16)
+    assert isinstance(hypernetwork.load(file, model, "ke"), KnowledgeEditorNetwork)
 
 
 def test_a_network_of_another_kind_or_model_is_refused(file: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from rome import memory
@@ -94,7 +95,11 @@ def build(model: EditableModel, kind: str, layers: int, settings: Any, seed: int
 
 @dataclass(frozen=True)
 class Origin:
-    """Where trained weights come from."""
+    """Where trained weights come from.
+
+    model_fingerprint: of the model's weights rounded to bfloat16, so that what was trained in
+    float32 also serves the same model in bfloat16.
+    """
 
     training: str
     kind: str
@@ -111,21 +116,27 @@ def serialised(network: Network, origin: Origin) -> bytes:
     return to_bytes(tensors, {"origin": json.dumps(asdict(origin))})
 
 
-def load(file: Path, model: EditableModel, kind: str) -> Network:
-    """The network of a file that a training wrote.
+def origin_for(file: Path, model: EditableModel, kind: str) -> Origin:
+    """Where a file that a training wrote comes from.
 
     Raises ValueError where it is of another kind or of another model.
     """
     with safe_open(file, "pt") as opened:
         origin = Origin(**json.loads(opened.metadata()["origin"]))
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if origin.kind != kind:
         raise ValueError(f"{file} must be a trained {kind}, but is a {origin.kind}")
-    if origin.model_fingerprint != model.fingerprint():
+    if origin.model_fingerprint != model.fingerprint(torch.bfloat16):
         raise ValueError(
-            f"{file} must have been trained for {model.name} with these weights and this dtype, "
-            f"but was for {origin.model}; train one with python -m jobs.train"
+            f"{file} must have been trained for {model.name} with these weights, but was for "
+            f"{origin.model} with others; train one with python -m jobs.train"
         )
+    return origin
+
+
+def load(file: Path, model: EditableModel, kind: str) -> Network:
+    """The network of a file that a training wrote. Raises ValueError as `origin_for` does."""
+    origin = origin_for(file, model, kind)
+    tensors = load_file(file)
     settings = NETWORKS[kind][0](**origin.settings)
     network = build(model, kind, origin.layers, settings, seed=0)
     network.load_state_dict(tensors)
