@@ -33,18 +33,20 @@ scale: setup
 	$(BIN)/python tests/scale.py $(ARGS)
 
 # The paper's tables 4 and 1, and the variants of ROME, on SmolLM2 from the files in $(DATA): make the
-# stores and train the editors that are missing, evaluate, print. Every step resumes.
+# stores and train the editors that are missing, evaluate, print. Every step resumes. The dtype is the
+# fast one; docs/performance.md compares its numbers with those of float32.
 DATA ?= ../shared/data
+DTYPE ?= bfloat16
 STORES := $(WORKSPACE)/records
 
 table4: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-counterfact)
 	$(BIN)/python -m jobs.evaluate configs/runs/table4-smollm2.yaml \
-		--set benchmark=$(STORES)/counterfact_1618
+		--set benchmark=$(STORES)/counterfact_1618 --set model.dtype=$(DTYPE)
 
 table1: $(STORES)/zsre_eval_537/manifest.json
 table1: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-zsre)
 	$(BIN)/python -m jobs.evaluate configs/runs/table1-smollm2.yaml \
-		--set benchmark=$(STORES)/zsre_eval_537
+		--set benchmark=$(STORES)/zsre_eval_537 --set model.dtype=$(DTYPE)
 
 table-variants: $(STORES)/counterfact_1618/manifest.json
 	$(BIN)/python -m jobs.evaluate configs/runs/variants-smollm2.yaml \

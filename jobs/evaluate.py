@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from jobs.evaluation import (
     grid_of,
     group_of,
     model_facts,
+    unchanged,
 )
 from jobs.manifests import MANIFEST
 from jobs.prepare import prepare
@@ -34,6 +36,9 @@ from jobs.sources import ROOT, benchmarks, reversed_prompts, say
 from jobs.training import trained
 from rome.editors import EDITORS
 from rome.summary import PROTOCOL
+
+# What a manifest says of files, and what they are.
+_FILES = {"second_moments": "second moment", "weights": "trained network"}
 
 
 def evaluate(config: RunConfig, out: str) -> int:
@@ -102,13 +107,17 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     if store.exists(MANIFEST):
         there = manifests.read(
             store,
-            (*now, "code", "model_fingerprint", "context_templates", "second_moments"),
+            (*now, "code", "model_fingerprint", "context_templates", *_FILES),
             "Restore it. Or, if this is the config that the run began with, move it away: the same "
             "line writes it again and goes on with the rows that are there.",
         )
         configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
+        for key, what in _FILES.items():
+            for known in there[key].values():
+                if Path(known["file"]).exists():  # The workers' files may be on other machines.
+                    unchanged(known, what)
         return there
     weights = _weights(config)  # Refused at once where they are not there.
     facts = once(model_facts, config, weights, settings=config.workers)

@@ -192,11 +192,11 @@ class EvaluationTask:
 
     def _solver(self, layer: int) -> Solver:
         known = self.evaluation.second_moments[layer]
-        moment, _ = second_moment.load(_unchanged(known, "second moment"))
+        moment, _ = second_moment.load(unchanged(known, "second moment"))
         return Solver(moment)
 
     def _weights(self, name: str) -> Path:
-        return Path(_unchanged(self.evaluation.weights[name], "trained network"))
+        return Path(unchanged(self.evaluation.weights[name], "trained network"))
 
     def _editor(self, name: str) -> Editor:
         kind, settings = self.evaluation.config.editor(name)
@@ -227,7 +227,7 @@ def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]
     return {"model_fingerprint": model.fingerprint(), "context_templates": list(templates)}
 
 
-def _unchanged(known: dict[str, str], what: str) -> str:
+def unchanged(known: dict[str, str], what: str) -> str:
     """A `file` whose content still has the `sha256` that the manifest says."""
     if (now := file_sha256(known["file"])) != known["sha256"]:
         raise ValueError(

@@ -1,8 +1,11 @@
-"""Figures of traces and sweeps, for the files of a run: colours that all eyes can tell apart."""
+"""Figures of traces, sweeps and trainings, for the files of a run: colours that all eyes can tell
+apart.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -163,6 +166,35 @@ def sweep_curves(frame: pl.DataFrame, model: str) -> Figure:
     for axes in figure.axes[2:]:
         axes.set_xlabel(f"edited layer of {model}")
     figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def training_curve(curve: Sequence[Mapping[str, Any]], name: str) -> Figure:
+    """What a trained editor learnt by step: success of edits, and the two losses.
+
+    `curve`: a row per validation, the first that of the unedited model.
+    """
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    success, losses = figure.subplots(1, 2)
+    steps = [row["step"] for row in curve]
+    for axes, key, label, colour, scale in (
+        (success, "val_edit_accuracy", "edits", _COLOURS[0], 100),
+        (success, "val_paraphrase_accuracy", "paraphrases", _COLOURS[2], 100),
+        (losses, "val_edit_loss", "NLL of the new fact", _COLOURS[0], 1),
+        (losses, "val_local_loss", "KL on other text", _COLOURS[3], 1),
+    ):
+        values = [scale * row[key] for row in curve]
+        if not all(map(math.isnan, values)):  # Continuations of text have no paraphrases.
+            axes.plot(steps, values, marker=".", markersize=5, color=colour, label=label)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    success.set_ylim(-2, 102)
+    success.set_ylabel("all tokens right, %")
+    losses.set_yscale("symlog", linthresh=0.01)
+    losses.set_ylabel("validation loss")
+    for axes in (success, losses):
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(name, fontsize=11)
     return figure
 
 

@@ -1,6 +1,6 @@
 """python -m jobs.train CONFIG [--out FOLDER] [--set key=value ...]
 
-Train KE or MEND on Ray. Run the same line again to resume.
+Train KE or MEND on Ray, and draw what it learnt. Run the same line again to resume.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.lock import RunLock
 from cluster.progress import LOG_SECONDS
 from cluster.run import FAILURES, stream
 from cluster.store import Store
-from jobs import cli, manifests
+from jobs import cli, figures, manifests
 from jobs import config as configs
 from jobs import corpus as corpora
 from jobs.config import ConfigError, CorpusConfig
@@ -57,6 +57,7 @@ def run(config: TrainConfig, out: str) -> int:
     if not finished(curve, config.training):
         say("stopped; the same line goes on from the last validation")
         return cli.STOPPED
+    figures.save(store, {"training": figures.training_curve(curve, config.name)})
     chosen = curve[best(curve)]
     seconds = timedelta(seconds=round(curve[-1]["seconds"]))
     say(f"{config.name}: {curve[-1]['step']} steps, {seconds}")

@@ -280,7 +280,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
         "workers": {"num_cpus": 1},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(run))
-    prepare("everyday", str(tmp_path / "records"), limit=40)
+    prepare("everyday", str(tmp_path / "records"), limit=20)
     stand_ins = {
         "hostname": "echo 127.0.0.4",
         "scontrol": f'[[ $1 == show ]] && echo node || echo "$@" >> {tmp_path}/requeued',
@@ -330,10 +330,10 @@ def test_a_slurm_job_at_its_time_limit_queues_itself_and_resumes(
             job.terminate()
     assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     done = {path.name for path in parts.rglob("*.parquet")}
-    assert 0 < len(done) < 40
+    assert 0 < len(done) < 20
     status = subprocess.run(["bash", *script], env=slurm, capture_output=True, text=True)
     assert status.returncode == 0, status.stdout + status.stderr
-    assert len(list(parts.rglob("*.parquet"))) == 40
+    assert len(list(parts.rglob("*.parquet"))) == 20
     assert done <= {path.name for path in parts.rglob("*.parquet")}
     # The nodes' Ray went with the job.
     assert is_free(20000 + int(slurm["SLURM_JOB_ID"]))

@@ -88,6 +88,7 @@ def test_the_curve_has_a_row_per_validation_and_falls(reference: Path) -> None:
     assert sum(last["train_loss"]) < sum(first["train_loss"])
     assert min(rows["val_edit_loss"][1:].to_list()) < 0.9 * unedited["val_edit_loss"]
     assert rows["seconds"].is_sorted()
+    assert (reference / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
