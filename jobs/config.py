@@ -56,7 +56,8 @@ class ModelConfig:
     dtype: Literal["float64", "float32", "tf32", "bfloat16"]
     """float32 is the reference; bfloat16 is faster on CPUs with AMX and on GPUs, tf32 on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: the GPU that the worker was given, else the CPU."""
+    """`auto`: the GPU that the worker was given, all of them where it was given several, else the
+    CPU."""
     second_moment: CorpusConfig = field(default_factory=CorpusConfig)
     editors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Hyperparameters of editors for this model."""

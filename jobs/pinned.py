@@ -8,8 +8,8 @@ from rome.models import EditableModel
 
 
 def load_model(config: ModelConfig) -> EditableModel:
-    """Load a config's model; `device: auto` is the GPU that this process sees, else the CPU."""
+    """Load a config's model; `device: auto` is all GPUs that this process sees, else the CPU."""
     device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and (gpus := torch.cuda.device_count()) < 2:
+        device = "cuda" if gpus else "cpu"
     return models.load(config.source, config.dtype, device, config.name)

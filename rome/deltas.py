@@ -77,14 +77,15 @@ def applied(model: EditableModel, edits: Sequence[Edit]) -> Iterator[None]:
     with ExitStack() as stack:
         for name in sorted({name for edit in edits for name in edit.deltas}):
             owner, _, kind = name.rpartition(".")
+            device = model.hf.get_parameter(name).device
             deltas = [edit.deltas.get(name) for edit in edits]
             low_rank = [delta if isinstance(delta, LowRankDelta) else None for delta in deltas]
             dense = [delta if isinstance(delta, DenseDelta) else None for delta in deltas]
             hooks = []
             if any(low_rank):
-                hooks.append(_low_rank_hook(model, low_rank))
+                hooks.append(_low_rank_hook(low_rank, device))
             if any(dense):
-                hooks.append(_dense_hook(model, dense, bias=kind == "bias"))
+                hooks.append(_dense_hook(dense, device, bias=kind == "bias"))
             for hook in hooks:
                 module = model.hf.get_submodule(owner)
                 stack.callback(module.register_forward_hook(hook).remove)
@@ -127,7 +128,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 _Hook = Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
-def _low_rank_hook(model: EditableModel, deltas: Sequence[LowRankDelta | None]) -> _Hook:
+def _low_rank_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
     some = next(delta for delta in deltas if delta is not None)
     rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
     dtype = _wide(some.left_DR)
@@ -141,7 +142,7 @@ def _low_rank_hook(model: EditableModel, deltas: Sequence[LowRankDelta | None]) 
             right_EKR[e, :, : delta.right_KR.shape[1]] = delta.right_KR
     place = {key: e for e, key in enumerate(unique)}
     edit_B = [place[id(delta)] for delta in deltas]
-    left_BDR, right_BKR = left_EDR[edit_B].to(model.device), right_EKR[edit_B].to(model.device)
+    left_BDR, right_BKR = left_EDR[edit_B].to(device), right_EKR[edit_B].to(device)
 
     def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]
@@ -152,13 +153,13 @@ def _low_rank_hook(model: EditableModel, deltas: Sequence[LowRankDelta | None]) 
     return hook
 
 
-def _dense_hook(model: EditableModel, deltas: Sequence[DenseDelta | None], bias: bool) -> _Hook:
+def _dense_hook(deltas: Sequence[DenseDelta | None], device: torch.device, bias: bool) -> _Hook:
     rows: dict[int, list[int]] = {}
     for b, delta in enumerate(deltas):
         rows.setdefault(id(delta), []).append(b)
     unique = {id(delta): delta for delta in deltas if delta is not None}
     groups = [
-        (torch.tensor(rows[key], device=model.device), dense(delta).to(model.device))
+        (torch.tensor(rows[key], device=device), dense(delta).to(device))
         for key, delta in unique.items()
     ]
 

@@ -44,6 +44,7 @@ class EditableModel:
                 f"offsets), got {type(tokenizer).__name__}; convert it with transformers"
             )
         self.hf = hf.eval().requires_grad_(False)
+        self.base.register_forward_hook(self._come_home)
         if hf.device.type == "cpu" and hf._supports_attention_backend:
             hf.set_attn_implementation(attention.NAME)
         self.tokenizer = tokenizer
@@ -51,7 +52,14 @@ class EditableModel:
 
     @property
     def device(self) -> torch.device:
-        return self.hf.device
+        """Where token ids enter, the last hidden states and logits come out, and edits are made.
+
+        A layer may lie on another, and what it is given goes there.
+        """
+        return self.hf.get_input_embeddings().weight.device
+
+    def _come_home(self, base: nn.Module, args: Any, output: Any) -> None:
+        output.last_hidden_state = output.last_hidden_state.to(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +108,7 @@ class EditableModel:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
-        logits = self.hf.get_output_embeddings()(hidden_BD)
+        logits = self.hf.get_output_embeddings()(hidden_BD).to(self.device)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @cached_property
@@ -170,6 +178,8 @@ class EditableModel:
 
     def _with_layers(self, layers: nn.ModuleList) -> nn.Module:
         base = copy.copy(self.base)
+        # Where accelerate moves a module's inputs, its `forward` is one bound to the original.
+        base.__dict__.pop("forward", None)
         base._modules = dict(base._modules)
         base._modules[self.family.layers] = layers
         return base
@@ -216,8 +226,10 @@ def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) 
     `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
     installed package). `dtype`: one of DTYPES, never chosen by the checkpoint; `tf32` is float32
     whose products a GPU may round to ten bits, in this process until the next model is loaded.
+    `device`: as torch names it, or `auto`: layer by layer over all GPUs that this process sees.
     Weights are memory-mapped from safetensors, so workers on one node share their pages.
-    Raises UnsupportedModelError, or ValueError for an unknown dtype or a missing file.
+    Raises UnsupportedModelError, or ValueError for an unknown dtype, a missing file, or a model
+    that does not fit into the GPUs.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
@@ -228,9 +240,17 @@ def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) 
         dtype=DTYPES[dtype],
         trust_remote_code=False,
         use_safetensors=True,
+        device_map="auto" if device == "auto" else None,
     )
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    hf.to(torch.device(device))
+    if device != "auto":
+        hf.to(torch.device(device))
+    elif {parameter.device.type for parameter in hf.parameters()} != {"cuda"}:
+        raise ValueError(
+            f"{name or source} must fit into the GPUs of its worker, but "
+            f"{torch.cuda.device_count()} cannot hold all of it in {dtype}; give each worker more "
+            "GPUs, or choose bfloat16"
+        )
     return EditableModel(hf, tokenizer, name or source)
 
 

@@ -86,7 +86,11 @@ def accumulate(
     One forward pass for all layers, as far as the last of them. Raises ValueError where a key is
     not finite, or the model has no such layer.
     """
-    moments = {layer: SecondMoment.zeros(key_size(model, layer), model.device) for layer in layers}
+    weights = {layer: model.hf.get_parameter(model.weight_name(layer)) for layer in layers}
+    moments = {
+        layer: SecondMoment.zeros(key_size(model, layer), weight.device)
+        for layer, weight in weights.items()
+    }
     seen: dict[int, Tensor] = {}
     hooks = [
         model.down_projection(layer).register_forward_pre_hook(
@@ -105,7 +109,7 @@ def accumulate(
                 use_cache=False,
             )
             for layer, moment in moments.items():
-                moment.add(seen[layer][batch.mask_BT.bool()])
+                moment.add(seen[layer][batch.mask_BT.bool().to(seen[layer].device)])
     finally:
         for hook in hooks:
             hook.remove()

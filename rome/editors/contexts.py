@@ -125,7 +125,8 @@ def batches(chosen: Sequence[Contexts], token_budget: int, device: str) -> Itera
 class Observed:
     """What the unedited model does at the subject's last token, per edit and row.
 
-    Everything has E as its first dimension, so that edits can leave by indexing.
+    Everything has E as its first dimension, so that edits can leave by indexing (from the CPU:
+    what enters the layers stays where they are).
     """
 
     key_ERK: Tensor
@@ -163,7 +164,8 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
         seen["entering_BSD"] = hidden[:, P:]
 
     def on_down(module: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
-        seen["key_BK"], seen["output_BD"] = args[0][:, P], output_BTD[:, P]
+        seen["key_BK"] = args[0][:, P].to(model.device)
+        seen["output_BD"] = output_BTD[:, P].to(model.device)
 
     hooks = [
         model.down_projection(layer).register_forward_hook(on_down),

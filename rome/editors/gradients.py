@@ -153,10 +153,9 @@ def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> Gradi
             stack.callback(handle.remove)
         loss_E, _ = target_nll(model, last_hidden(model, rows), rows)
         deltas = torch.autograd.grad(loss_E.sum(), [seen[name][1] for name in weights])
-    wide = loss_E.dtype
     factors = {}
-    for name, delta_ETD in zip(weights, deltas, strict=True):
-        x_ETK = seen[name][0].to(wide)
+    for name, gradient_ETD in zip(weights, deltas, strict=True):
+        x_ETK, delta_ETD = seen[name][0].to(loss_E), gradient_ETD.to(loss_E)
         mask_ET = (x_ETK != 0).any(2) & (delta_ETD != 0).any(2)
-        factors[name] = Factors(x_ETK, delta_ETD.to(wide), mask_ET)
+        factors[name] = Factors(x_ETK, delta_ETD, mask_ET)
     return Gradients(rows.texts, loss_E.detach(), factors)

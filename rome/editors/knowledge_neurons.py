@@ -148,10 +148,10 @@ class KnowledgeNeurons:
 
         def on_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden_ETD = args[0] if args else kwargs["hidden_states"]
-            entering.append(hidden_ETD[:, -1])
+            entering.append(hidden_ETD[:, -1].to(model.device))
 
         def on_neurons(neurons_ETK: Tensor) -> None:
-            activation.append(neurons_ETK[:, -1])
+            activation.append(neurons_ETK[:, -1].to(model.device))
 
         cache = DynamicCache()
         cached: list[Any] = cache.layers
@@ -202,7 +202,7 @@ class KnowledgeNeurons:
         cache.batch_repeat_interleave(S)
         entering_ED = seen.entering_LED[layer]
         entering_B1D = entering_ED.repeat_interleave(S, dim=0)[:, None] if layer > 0 else None
-        hook = self._hook(layer, lambda neurons_B1K: scaled_BK[:, None].to(model.dtype))
+        hook = self._hook(layer, lambda neurons_B1K: scaled_BK[:, None].to(neurons_B1K))
         try:
             hidden_B1D = model.only_layers(layer, entering_B1D)(
                 input_ids=seen.batch.ids_BT[:, -1:].repeat_interleave(S, dim=0),

@@ -204,9 +204,9 @@ class Memit:
                         use_cache=False,
                     )
         wide = torch.promote_types(model.dtype, torch.float32)
-        keys_ECK = torch.cat(keys).to(wide).unflatten(0, (-1, C))
+        keys_ECK = torch.cat(keys).to(model.device, wide).unflatten(0, (-1, C))
         bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
-        return (bare_EK + sampled_EK) / 2, torch.cat(states).to(wide)
+        return (bare_EK + sampled_EK) / 2, torch.cat(states).to(model.device, wide)
 
     def _chunks(self, chosen: Sequence[Contexts]) -> Iterator[list[int]]:
         """Successive requests, at most the budget's tokens together."""

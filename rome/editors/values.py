@@ -69,7 +69,8 @@ def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor
     delta_B1D = delta_ED.repeat_interleave(R, dim=0).unsqueeze(1)
 
     def add_delta(module: Any, args: Any, output_BSD: Tensor) -> Tensor:
-        first_B1D = (output_BSD[:, :1] + delta_B1D).to(output_BSD.dtype)
+        first_B1D = output_BSD[:, :1] + delta_B1D.to(output_BSD.device)
+        first_B1D = first_B1D.to(output_BSD.dtype)
         return torch.cat([first_B1D, output_BSD[:, 1:]], dim=1)
 
     flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
@@ -107,7 +108,7 @@ class _LabelNLL(torch.autograd.Function):
         gradient_NV = log_p_NV.exp_()
         gradient_NV.scatter_add_(1, chosen_N1, -torch.ones_like(nll_N)[:, None])
         head_VD = model.hf.get_output_embeddings().weight
-        ctx.save_for_backward(gradient_NV.to(head_VD.dtype) @ head_VD)
+        ctx.save_for_backward((gradient_NV.to(head_VD) @ head_VD).to(hidden_ND.device))
         return nll_N
 
     @staticmethod
@@ -186,7 +187,8 @@ def optimise(
         for e, loss in zip(running_E.tolist(), loss_E.tolist(), strict=True):
             losses[e].append(loss)
         final_ED[running_E] = delta_ED.detach()
-        kept = (loss_E >= settings.stop_below).nonzero().flatten()
+        # On the CPU, an index suits tensors of any device.
+        kept = (loss_E >= settings.stop_below).nonzero().flatten().cpu()
         if step == settings.steps or len(kept) == 0:
             break
         (gradient_ED,) = torch.autograd.grad(loss_E.sum(), delta_ED)

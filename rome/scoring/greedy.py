@@ -146,7 +146,7 @@ def _continue(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit])
                     for b, token in zip(left, tokens, strict=True)
                     if token not in special and len(said[b]) < rows[b].steps
                 ]
-        kept = torch.tensor([i for i, b in enumerate(left) if b in staying], device=model.device)
+        kept = torch.tensor([i for i, b in enumerate(left) if b in staying])
         if left := staying:
             cache.batch_select_indices(kept)
             next_BT, mask_BT, position_BT = next_BT[kept], mask_BT[kept], position_BT[kept]
