@@ -57,7 +57,8 @@ def run(config: TrainConfig, out: str) -> int:
     if not finished(curve, config.training):
         say("stopped; the same line goes on from the last validation")
         return cli.STOPPED
-    figures.save(store, {"training": figures.training_curve(curve, config.name)})
+    if not store.exists("figures/training.png"):
+        figures.save(store, {"training": figures.training_curve(curve, config.name)})
     chosen = curve[best(curve)]
     seconds = timedelta(seconds=round(curve[-1]["seconds"]))
     say(f"{config.name}: {curve[-1]['step']} steps, {seconds}")
