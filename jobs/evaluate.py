@@ -96,12 +96,9 @@ def record_store(benchmark: str) -> Store:
 
 def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
     """The run's manifest: the one there, if it is of the same run, or a new one, written first."""
-    data = manifests.read(
-        records, ("name", "version", "fingerprint"), "Prepare the records again with jobs.prepare."
-    )
     now = {
         "config": configs.plain(config),
-        "benchmark": {key: data[key] for key in ("name", "version", "fingerprint")},
+        "benchmark": manifests.benchmark(records),
         "protocol": PROTOCOL,
     }
     if store.exists(MANIFEST):

@@ -34,6 +34,13 @@ def read(
     return manifest
 
 
+def benchmark(records: Store) -> dict[str, Any]:
+    """Which records these are, as the manifest of what is made of them says it."""
+    keys = ("name", "version", "fingerprint")
+    manifest = read(records, keys, "Prepare the records again with jobs.prepare.")
+    return {key: manifest[key] for key in keys}
+
+
 def write(store: Store, manifest: Mapping[str, Any]) -> None:
     """Commit a run's manifest."""
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())

@@ -43,7 +43,6 @@ from rome.second_moment import (
     UnsolvableError,
     accumulate,
     import_npz,
-    key_size,
     load,
     merge,
     save,
@@ -121,7 +120,7 @@ def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) 
 def _check(
     path: Path, moment: SecondMoment, origin: Origin | None, model: EditableModel, layer: int
 ) -> None:
-    expected, size = key_size(model, layer), len(moment.sum_KK)
+    expected, size = model.sizes(model.weight_name(layer))[1], len(moment.sum_KK)
     if size != expected:
         raise ValueError(
             f"{path} must be over the {expected} key dimensions of layer {layer} of {model.name}, "

@@ -189,13 +189,19 @@ def _manifest(
     """The manifest there, if it is of the same run, or a new one, written first."""
     now = {"config": _plain(config), "facts": {"sha256": digest}}
     if store.exists(MANIFEST):
-        there: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
-        configs.refuse_another(store.uri, {key: there.get(key) for key in now}, now, "run")
+        there = _read(store)
+        configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
         return there
     found = once(_model_facts, config, subjects, settings=config.workers)
     manifest = {"name": config.name, **now, **found}
     manifests.write(store, manifest)
     return manifest
+
+
+def _read(store: Store) -> dict[str, Any]:
+    return manifests.read(
+        store, ("config", "facts", "model_fingerprint"), "Restore it, or choose another --out."
+    )
 
 
 def _plain(config: TraceConfig) -> dict[str, Any]:
@@ -297,7 +303,7 @@ def reduce(out: str) -> None:
     totals = frame.unique("known_id")["total_effect"].to_list()
     average_total = sum(totals) / len(totals)
     say(f"{len(totals)} known facts, average total effect {average_total:.3f}")
-    layer, manifest = suggested_layer(average), json.loads(store.read_bytes(MANIFEST))
+    layer, manifest = suggested_layer(average), _read(store)
     if layer is not None:
         say(f"the trace suggests layer {layer}: there MLPs at the last subject token restore most")
     model, window = manifest["config"]["model"]["name"], manifest["config"]["trace"]["window"]
@@ -316,7 +322,7 @@ def draw_fact(out: str, known_id: int) -> None:
     frame = effects(store).filter(known_id=known_id)
     if frame.is_empty():
         raise ValueError(f"{store.uri} has no trace of a known fact with known_id {known_id}")
-    window = json.loads(store.read_bytes(MANIFEST))["config"]["trace"]["window"]
+    window = _read(store)["config"]["trace"]["window"]
     figures.save(store, {f"trace-fact-{known_id}": figures.trace_fact(frame, window)})
 
 

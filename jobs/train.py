@@ -73,13 +73,13 @@ def _claim(config: TrainConfig, store: Store, records: Store | None) -> None:
     del plain["workers"]
     plain["model"] = {key: plain["model"][key] for key in ("name", "source", "dtype")}
     if records:
-        source = json.loads(records.read_bytes(MANIFEST))
-        plain["records"] = {key: source[key] for key in ("name", "version", "fingerprint")}
+        plain["records"] = manifests.benchmark(records)
     else:
         plain["passages"] = corpora.identity(CorpusConfig(corpus=str(config.data.corpus)))
     now = json.loads(json.dumps(plain))
     if store.exists(MANIFEST):
-        configs.refuse_another(store.uri, json.loads(store.read_bytes(MANIFEST)), now, "training")
+        there = manifests.read(store, now, "Restore it, or choose another --out.")
+        configs.refuse_another(store.uri, there, now, "training")
     else:
         manifests.write(store, now)
 

