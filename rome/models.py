@@ -160,6 +160,28 @@ class EditableModel:
             texts.append(Text(row.ids, start))
         return texts
 
+    def attention_mask(self, sees_BTT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """What `base` takes to let token `i` see `j` where `sees_BTT[b, i, j]`, a bool, says so.
+
+        A model's sliding window is counted in positions.
+        """
+        config = self.hf.config
+
+        def additive(allowed_BTT: Tensor) -> Tensor:
+            mask_BTT = torch.zeros(allowed_BTT.shape, dtype=self.dtype)
+            mask_BTT.masked_fill_(~allowed_BTT, torch.finfo(self.dtype).min)
+            return mask_BTT[:, None].to(self.device)
+
+        if (window := getattr(config, "sliding_window", None)) is None:
+            return additive(sees_BTT)
+        near_BTT = positions_BT[:, :, None] - positions_BT[:, None] < window
+        if not hasattr(config, "layer_types"):  # The window is that of all layers.
+            return additive(sees_BTT & near_BTT)
+        return {
+            "full_attention": additive(sees_BTT),
+            "sliding_attention": additive(sees_BTT & near_BTT),
+        }
+
     def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
         """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.
 

@@ -51,7 +51,7 @@ def changed(model: EditableModel, edit: Edit) -> Iterator[None]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("kind", ["plain", "bos"])
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", [*MAIN, "mistral", "qwen2"])  # Two with windows.
 def test_probabilities_equal_those_of_one_target_at_a_time(
     family: str, kind: str, dtype: str, tolerance: float, request: pytest.FixtureRequest
 ) -> None:
@@ -77,6 +77,17 @@ def test_probabilities_need_a_token_before_the_target() -> None:
     with pytest.raises(ValueError, match="a token before it"):
         score(model, [Query(0, "", "Paris")], random_edits(model), 100)
     assert score(model, [], [], 100) == []
+
+
+def test_equal_beginnings_are_run_once() -> None:
+    model = tiny.model("llama")
+    queries = [Query(0, PROMPTS[0], target) for target in ("Paris, France", "Rome", "Rome, Italy")]
+    run: list[int] = []
+    embedding = model.hf.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: run.append(args[0].numel()))
+    score(model, queries, random_edits(model), 1000)
+    texts = model.encode_targets([(query.prompt, query.target) for query in queries])
+    assert run == [len({tuple(text.ids[:n]) for text in texts for n in range(1, len(text.ids))})]
 
 
 def test_records_keep_the_order_of_their_prompts() -> None:

@@ -109,6 +109,13 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT_SIZES, "rotary_dim": 4},
     "gpt_neox": {**_SIZES, "use_parallel_residual": True},
     "mistral": {**_SIZES, "sliding_window": 16},
+    # The first layer sees all, the others a window.
+    "qwen2": {
+        **_SIZES,
+        "sliding_window": 16,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
     "phi3": {**_SIZES, "pad_token_id": 0},
 }
 

@@ -17,6 +17,8 @@ from rome import memory, prompts
 from rome.deltas import Edit, applied
 from rome.models import EditableModel
 from rome.records import Record
+from rome.scoring import trees
+from rome.scoring.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,17 @@ class Extras:
 
 BENCHMARK_ONLY = Extras()
 
+# A longer row would save little, and its tokens' attention would cost more.
+_ROW_TOKENS = 64
+
 
 @dataclass
 class _Row:
-    """A sequence to run, and the (query, first target position, target ids) it answers."""
+    """Texts to run, and the (query, places that say its target's tokens, these) they answer."""
 
     edit: int
-    ids: list[int]
-    answers: list[tuple[int, int, list[int]]]
+    tree: Tree
+    answers: list[tuple[int, list[int], list[int]]]
 
 
 def score(
@@ -66,13 +71,13 @@ def score(
     """One score per query.
 
     Equal to scoring each query alone (reference code: `test_batch_prediction` and, of zsRE,
-    `test_batch_prediction_acc`). A row answers every query whose tokens it starts with, so a prompt
-    is run once for both of its targets where they are single tokens. A batch holds at most
-    `token_budget` tokens, padding included.
+    `test_batch_prediction_acc`). Texts of one edit share a row, in which what they begin with
+    alike, as a prompt with either target, is run once. A batch holds at most `token_budget` tokens,
+    padding included.
     """
     result = [Score(nan, nan)] * len(queries)
     rows = _rows(model, queries, edits)
-    for batch in memory.by_length([len(row.ids) for row in rows], token_budget):
+    for batch in memory.by_length([len(row.tree.ids) for row in rows], token_budget):
         chosen = [rows[i] for i in batch]
         found = memory.in_halves(lambda part: _score(model, part, edits), chosen)
         for row, scores in zip(chosen, found, strict=True):
@@ -82,40 +87,45 @@ def score(
 
 
 def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit]) -> list[_Row]:
-    # Of records that run as the model is, equal prompts are run once.
+    # Of records that run as the model is, equal beginnings are run once.
     unedited = min((e for e, edit in enumerate(edits) if not edit.deltas), default=0)
     shared = [e if edit.deltas else unedited for e, edit in enumerate(edits)]
     texts = model.encode_targets([(query.prompt, query.target) for query in queries])
     needs = [
-        (shared[query.edit], text.ids[:-1], (q, text.start, text.ids[text.start :]))
+        (shared[query.edit], text.ids[:-1], q)
         for q, (query, text) in enumerate(zip(queries, texts, strict=True))
     ]
     rows: list[_Row] = []
-    # In descending order a sequence comes right after those that it is a beginning of.
-    for edit, ids, answer in sorted(needs, key=lambda need: need[:2], reverse=True):
-        if rows and rows[-1].edit == edit and rows[-1].ids[: len(ids)] == ids:
-            rows[-1].answers.append(answer)
-        else:
-            rows.append(_Row(edit, ids, [answer]))
+    for edit, ids, q in sorted(needs):
+        row = rows[-1] if rows else None
+        if (
+            row is None
+            or row.edit != edit
+            or len(row.tree.ids) + len(ids) - row.tree.shared(ids) > _ROW_TOKENS
+        ):
+            row = _Row(edit, Tree(), [])
+            rows.append(row)
+        start = texts[q].start
+        row.answers.append((q, row.tree.add(ids)[start - 1 :], texts[q].ids[start:]))
     return rows
 
 
 @torch.inference_mode()
 def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[Score]]:
     """One score for each answer of each row."""
-    batch = prompts.pad([row.ids for row in rows], model.device)
+    ids_BT, sees_BTT, positions_BT = trees.pad([row.tree for row in rows])
     with applied(model, [edits[row.edit] for row in rows]):
         hidden_BTD = model.base(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT,
-            position_ids=batch.positions_BT,
+            input_ids=ids_BT.to(model.device),
+            attention_mask=model.attention_mask(sees_BTT, positions_BT),
+            position_ids=positions_BT.to(model.device),
             use_cache=False,
         ).last_hidden_state
     places = [
-        (b, start - 1 + i, token)
+        (b, t, token)
         for b, row in enumerate(rows)
-        for _, start, target in row.answers
-        for i, token in enumerate(target)
+        for _, said, target in row.answers
+        for t, token in zip(said, target, strict=True)
     ]
     b_N, t_N, token_N = torch.tensor(places).T
     # Both targets of a prompt read the same position: its logits are computed once.
