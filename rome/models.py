@@ -175,12 +175,10 @@ class EditableModel:
         if (window := getattr(config, "sliding_window", None)) is None:
             return additive(sees_BTT)
         near_BTT = positions_BT[:, :, None] - positions_BT[:, None] < window
+        windowed = additive(sees_BTT & near_BTT)
         if not hasattr(config, "layer_types"):  # The window is that of all layers.
-            return additive(sees_BTT & near_BTT)
-        return {
-            "full_attention": additive(sees_BTT),
-            "sliding_attention": additive(sees_BTT & near_BTT),
-        }
+            return windowed
+        return {"full_attention": additive(sees_BTT), "sliding_attention": windowed}
 
     def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
         """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.

@@ -97,26 +97,22 @@ def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit])
     ]
     rows: list[_Row] = []
     for edit, ids, q in sorted(needs):
-        row = rows[-1] if rows else None
-        if (
-            row is None
-            or row.edit != edit
-            or len(row.tree.ids) + len(ids) - row.tree.shared(ids) > _ROW_TOKENS
-        ):
-            row = _Row(edit, Tree(), [])
-            rows.append(row)
-        start = texts[q].start
-        row.answers.append((q, row.tree.add(ids)[start - 1 :], texts[q].ids[start:]))
+        if not rows or rows[-1].edit != edit or rows[-1].tree.size_with(ids) > _ROW_TOKENS:
+            rows.append(_Row(edit, Tree(), []))
+        start, said = texts[q].start, rows[-1].tree.add(ids)
+        rows[-1].answers.append((q, said[start - 1 :], texts[q].ids[start:]))
     return rows
 
 
 @torch.inference_mode()
 def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[Score]]:
     """One score for each answer of each row."""
-    ids_BT, sees_BTT, positions_BT = trees.pad([row.tree for row in rows])
+    ids_BT = prompts.pad([row.tree.ids for row in rows], model.device).ids_BT
+    sees_BTT = trees.sees([row.tree for row in rows])
+    positions_BT = sees_BTT.sum(2) - 1
     with applied(model, [edits[row.edit] for row in rows]):
         hidden_BTD = model.base(
-            input_ids=ids_BT.to(model.device),
+            input_ids=ids_BT,
             attention_mask=model.attention_mask(sees_BTT, positions_BT),
             position_ids=positions_BT.to(model.device),
             use_cache=False,

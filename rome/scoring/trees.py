@@ -19,36 +19,38 @@ class Tree:
 
     ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    _last: list[int] = field(default_factory=list)
     _path: list[int] = field(default_factory=list)
+    """The places of the last text's tokens."""
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many of a text's tokens the last one begins with."""
-        pairs = zip(self._last, ids, strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def size_with(self, ids: Sequence[int]) -> int:
+        """How many tokens there would be with this text, too."""
+        return len(self.ids) + len(ids) - len(self._shared(ids))
 
-    def add(self, ids: list[int]) -> list[int]:
+    def add(self, ids: Sequence[int]) -> list[int]:
         """The places of a text's tokens. Texts that come sorted share all that they can."""
-        path = self._path[: self.shared(ids)]
+        path = self._shared(ids)
         for token in ids[len(path) :]:
             self.parents.append(path[-1] if path else -1)
             path.append(len(self.ids))
             self.ids.append(token)
-        self._last, self._path = ids, path
+        self._path = path
         return path
 
+    def _shared(self, ids: Sequence[int]) -> list[int]:
+        """The places of the tokens that the last text and this one begin with."""
+        pairs = zip(self._path, ids, strict=False)
+        return [place for place, _ in takewhile(lambda pair: self.ids[pair[0]] == pair[1], pairs)]
 
-def pad(trees: Sequence[Tree]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [B, T], which tokens each of them sees [B, T, T], and positions [B, T].
 
-    A token sees itself and those before it in its texts; padding, token 0 on the right, itself.
+def sees(trees: Sequence[Tree]) -> Tensor:
+    """Which tokens each token sees [B, T, T], a bool, of trees padded on the right.
+
+    It sees itself and those before it in its texts; padding sees itself.
     """
-    B, T = len(trees), max(len(tree.ids) for tree in trees)
-    ids_BT = torch.zeros(B, T, dtype=torch.long)
-    sees_BTT = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)
-    for tree, ids_T, sees_TT in zip(trees, ids_BT, sees_BTT, strict=True):
-        ids_T[: len(tree.ids)] = torch.tensor(tree.ids)
+    T = max(len(tree.ids) for tree in trees)
+    sees_BTT = torch.eye(T, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for tree, sees_TT in zip(trees, sees_BTT, strict=True):
         for n, parent in enumerate(tree.parents):
             if parent >= 0:
                 sees_TT[n] |= sees_TT[parent]
-    return ids_BT, sees_BTT, sees_BTT.sum(2) - 1
+    return sees_BTT
