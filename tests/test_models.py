@@ -161,3 +161,26 @@ def test_weights_are_mapped_from_the_file_and_private_to_the_process(tmp_path: P
         loaded.hf.get_parameter(loaded.weight_name(1)).add_(1)
     assert loaded.fingerprint() != before
     assert models.load(str(tmp_path), "float32").fingerprint() == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_cudnn_attention_is_off_in_a_pass_and_then_as_before(enabled: bool) -> None:
+    """Also in a pass that fails, and in a decoder that begins at a later layer."""
+    model = tiny.model("llama")
+    seen: list[bool] = []
+    model.layers[1].register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    ids_BT = torch.tensor([[5, 6, 7]])
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        model.hf(ids_BT)
+        model.only_layers(1, torch.zeros(1, 3, 16, dtype=model.dtype))(ids_BT)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        with pytest.raises(IndexError):
+            model.hf(torch.tensor([[10**6]]))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert seen == [False, False]
