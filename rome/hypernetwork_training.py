@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -26,6 +25,7 @@ from rome.editors.gradients import Rows
 from rome.editors.hypernetwork import Network, first_layer
 from rome.models import EditableModel
 from rome.records import Request
+from rome.settings import at_least
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,28 @@ class TrainingSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    steps: PositiveInt
+    steps: int
     """Of the optimiser, at most."""
     rate: float = 1e-6
     """Adam's. [lr]"""
     rate_of_rates: float = 1e-4
     """Adam's for the learnt rate of each weight. [lr_lr]"""
-    batch: PositiveInt = 10
+    batch: int = 10
     """Edits of a step. [accumulate_bs: ten batches of two, which are an edit and a local text]"""
     c_edit: float = 0.1
     c_loc: float = 1.0
     clip: float = 100.0
     """The gradient's norm at most. [grad_clip]"""
-    validate_every: PositiveInt = 25
+    validate_every: int = 25
     """Steps. Then a checkpoint is written."""
-    validation: PositiveInt = 40
+    validation: int = 40
     """Examples that are validated on and never trained on: the first ones."""
-    patience: PositiveInt = 8
+    patience: int = 8
     """Validations without a lower loss before training ends."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, batch=1, validate_every=1, validation=1, patience=1)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rome import prompts
 from rome.models import EditableModel
+from rome.settings import at_least
 
 Part = Literal["mlp", "attention"]
 OnLayer = Callable[[int, Tensor], Tensor]
@@ -66,13 +66,16 @@ class TraceSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    samples: PositiveInt = 10
+    samples: int = 10
     """Corrupted runs of a fact."""
     noise: float = 3.0
     """Standard deviation of the noise, in standard deviations of the subjects' embeddings."""
-    window: PositiveInt = 10
+    window: int = 10
     """Layers whose MLP or attention outputs are restored together, around the traced one."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, samples=1, window=1)
 
 
 @dataclass(frozen=True)
