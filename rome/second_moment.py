@@ -120,8 +120,8 @@ def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
     """The second moment of all tokens of the parts.
 
     Sums round, so that their order matters in the last bit: give parts of a fixed division of the
-    corpus in the corpus's order, and the result is bit for bit the same whoever computed which.
-    Raises ValueError without parts.
+    corpus in the corpus's order, and the result has the same bits whoever computed which part, if
+    all did it on the same kind of processor with as many threads. Raises ValueError without parts.
     """
     total: SecondMoment | None = None
     for part in parts:

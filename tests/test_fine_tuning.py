@@ -9,15 +9,15 @@ import oracle
 import pytest
 import tiny
 import torch
+from computations import ATTENTION, CONSTRAINED, FREE
 from oracle_fine_tuning import Outcome, fine_tune
 from test_rome import MAIN
-from tiny import REQUESTS, no_narrowing  # noqa: F401
+from tiny import REQUESTS
 
 from rome.deltas import DenseDelta, Edit, applied
 from rome.editors import EDITORS, Resources
 from rome.editors.fine_tuning import (
     AttentionSettings,
-    ConstrainedSettings,
     FineTuning,
     FineTuningSettings,
 )
@@ -30,11 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGET = 60  # All the requests do not fit into one batch.
 
-FREE = FineTuningSettings(layer=1, steps=6, learning_rate=0.02)
-CONSTRAINED = ConstrainedSettings(
-    steps=5, learning_rate=0.02, weight_decay=0.1, norm_constraint=0.03, target_loss="sequence"
-)
-ATTENTION = AttentionSettings(layer=2, steps=4, learning_rate=0.02, norm_constraint=0.03)
 SETTINGS = pytest.mark.parametrize(
     "settings", [FREE, CONSTRAINED, ATTENTION], ids=["free", "constrained", "attention"]
 )

@@ -8,28 +8,20 @@ import oracle_hypernetworks as oracle
 import pytest
 import tiny
 import torch
-from tiny import REQUESTS, no_narrowing  # noqa: F401
+from computations import EXAMPLES, KE, ke_network
+from tiny import REQUESTS
 from torch import Tensor
 
 from rome.deltas import dense
 from rome.editors import EDITORS, Resources, gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, Origin
-from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
-from rome.hypernetwork_training import Example, Trainer, TrainingSettings
-from rome.models import EditableModel
-from rome.records import Request
+from rome.editors.knowledge_editor import KnowledgeEditorNetwork
+from rome.hypernetwork_training import Trainer, TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ["gpt2", "gptj", "llama"]
-SETTINGS = KnowledgeEditorSettings(hidden=12, condition=10)
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-def network_of(model: EditableModel) -> KnowledgeEditorNetwork:
-    network = hypernetwork.build(model, "ke", 2, SETTINGS, seed=1)
-    assert isinstance(network, KnowledgeEditorNetwork)
-    return network
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
@@ -40,7 +32,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
 @pytest.mark.parametrize("family", MAIN)
 def test_deltas_are_the_bent_gradient(family: str) -> None:
     model = tiny.model(family)
-    network = network_of(model)
+    network = ke_network(model)
     before = model.fingerprint()
     edits = HypernetworkEditor(model, network, BUDGET).edit(REQUESTS)
     for request, edit in zip(REQUESTS, edits, strict=True):
@@ -52,27 +44,17 @@ def test_deltas_are_the_bent_gradient(family: str) -> None:
     assert model.fingerprint() == before
 
 
+@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_an_edit_is_what_it_is_alone_and_leaves_nothing(family: str) -> None:
     model = tiny.model(family)
-    editor = HypernetworkEditor(model, network_of(model), 10_000)
+    editor = HypernetworkEditor(model, ke_network(model), 10_000)
     together = editor.edit(REQUESTS)
     first, other, again = (editor.edit([REQUESTS[i]])[0] for i in (1, 3, 1))
     for name, delta in again.deltas.items():
         assert torch.equal(dense(delta), dense(first.deltas[name]))
         assert close(dense(together[1].deltas[name]), dense(delta), 1e-9)
         assert close(dense(together[3].deltas[name]), dense(other.deltas[name]), 1e-9)
-
-
-EXAMPLES = [
-    Example(
-        Request("{} is in", subject, target),
-        (f"Everyone admires {subject}, which is in",),
-        (("The capital of France is", "Paris"), ("The capital of Italy is", "Rome")),
-    )
-    for subject in ("The Tokyo Tower", "The Eiffel Tower", "Ljubljana", "São Tomé", "Rome")
-    for target in ("Paris", "Rome", "Japan", "Italy", "an island")
-]
 
 
 @pytest.mark.parametrize(("kind", "rates"), [("mend", (1e-3, 0.05)), ("ke", (0.02, 0.0))])
@@ -82,7 +64,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_bit(
     """More edits succeed, on examples that were not trained on; the weights stay as they are."""
     model = tiny.model("llama", "float32")
     before = model.fingerprint()
-    shape = SETTINGS if kind == "ke" else None
+    shape = KE if kind == "ke" else None
     settings = shape or hypernetwork.NETWORKS[kind][0](rank=16)
     training = TrainingSettings(
         steps=40, rate=rates[0], rate_of_rates=rates[1], batch=6, validation=5
@@ -113,7 +95,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_bit(
 def test_too_few_examples_are_refused() -> None:
     model = tiny.model("gpt2")
     with pytest.raises(ValueError, match="20 of validation and a batch of 10, got 25"):
-        Trainer(model, network_of(model), EXAMPLES, TrainingSettings(steps=1, validation=20))
+        Trainer(model, ke_network(model), EXAMPLES, TrainingSettings(steps=1, validation=20))
 
 
 @pytest.fixture
@@ -123,7 +105,7 @@ def file(tmp_path: Path) -> Path:
     rounded = model.fingerprint(torch.bfloat16)
     origin = Origin("test", "ke", 2, {"hidden": 12, "condition": 10}, "", rounded, 7)
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(hypernetwork.serialised(network_of(model), origin))
+    path.write_bytes(hypernetwork.serialised(ke_network(model), origin))
     return path
 
 
@@ -132,7 +114,7 @@ def test_the_registered_editor_loads_what_was_trained(file: Path) -> None:
     resources = Resources(model, ["{}"], lambda layer: pytest.fail("no C is needed"), BUDGET)
     editor = EDITORS["ke"].build(resources, HypernetworkSettings(weights=str(file)))
     (found,) = editor.edit(REQUESTS[:1])
-    (expected,) = HypernetworkEditor(model, network_of(model), BUDGET).edit(REQUESTS[:1])
+    (expected,) = HypernetworkEditor(model, ke_network(model), BUDGET).edit(REQUESTS[:1])
     for name, delta in expected.deltas.items():
         assert torch.equal(dense(found.deltas[name]), dense(delta))
 

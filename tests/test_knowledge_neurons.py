@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from oracle import edited
-from tiny import REQUESTS, no_narrowing  # noqa: F401
+from tiny import REQUESTS
 from torch import Tensor
 
 from rome.deltas import Edit, LowRankDelta, applied

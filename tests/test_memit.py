@@ -9,7 +9,8 @@ import oracle_memit
 import pytest
 import tiny
 import torch
-from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+from computations import BUDGET, ENDING, MEMIT, memit, moments
+from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
 from rome.deltas import Edit, LowRankDelta
@@ -18,36 +19,14 @@ from rome.editors.memit import Memit, MemitSettings
 from rome.editors.values import ValueSettings
 from rome.families import FAMILIES, UnsupportedModelError
 from rome.models import EditableModel
-from rome.second_moment import SecondMoment, Solver
+from rome.second_moment import Solver
 
-BUDGET = 300  # All the requests do not fit into one batch.
 MAIN = ("gpt2", "gptj", "llama")
 CLAMPED = MemitSettings(
     layers=(0, 1),
     second_moment_weight=2,
     value=ValueSettings(steps=4, kl_factor=0.5, clamp=0.2, stop_below=0),
 )
-FREE = MemitSettings(
-    layers=(0, 2),
-    second_moment_weight=0.01,
-    value=ValueSettings(steps=4, learning_rate=0.1, clamp=4, stop_below=0),
-)
-# The last layer at the subject reaches the target only from the prompt's last token.
-ENDING = [replace(r, prompt=p) for r, p in zip(REQUESTS, ["{}", "I saw {}"] * 3, strict=False)]
-
-
-def moments() -> dict[int, SecondMoment]:
-    generator = torch.Generator().manual_seed(1)
-    made = {}
-    for layer in range(3):
-        made[layer] = SecondMoment.zeros(40)
-        made[layer].add(torch.randn(200, 40, generator=generator, dtype=torch.float64) * 0.3)
-    return made
-
-
-def editor(model: EditableModel, settings: MemitSettings) -> Memit:
-    solvers = {layer: Solver(moment) for layer, moment in moments().items()}
-    return Memit(model, settings, TEMPLATES, solvers, BUDGET)
 
 
 def change(edit: Edit, name: str) -> Tensor:
@@ -69,7 +48,7 @@ def check_changes(
 
 def check(model: EditableModel, settings: MemitSettings, tolerance: float) -> None:
     """Edits of 1, 3 and all requests at once equal the oracle's, and so does the edit of all."""
-    requests = ENDING if settings is FREE else REQUESTS
+    requests = ENDING if settings is MEMIT else REQUESTS
     C_KK = {layer: moment.mean() for layer, moment in moments().items()}
     alone = [
         (
@@ -83,24 +62,24 @@ def check(model: EditableModel, settings: MemitSettings, tolerance: float) -> No
     together = oracle_memit.memit(model, settings, TEMPLATES, C_KK, requests)
 
     before = model.fingerprint()
-    memit = editor(model, settings)
-    assert isinstance(memit, JointEditor)
+    editor = memit(model, settings)
+    assert isinstance(editor, JointEditor)
     for size in (1, 3, len(requests)):
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-        edits = [edit for batch in batches for edit in memit.edit(batch)]
+        edits = [edit for batch in batches for edit in editor.edit(batch)]
         for request, edit, (changes, (_, losses, hits)) in zip(requests, edits, alone, strict=True):
             assert edit.request == request
             assert edit.health["loss"] == pytest.approx(losses[-1], rel=tolerance)
             assert edit.health["steps"] == len(losses)
             assert edit.health["clamp_hits"] == hits
             check_changes(model, edit, changes, tolerance)
-    one = memit.edit_together(requests)
+    one = editor.edit_together(requests)
     assert one.request == requests[-1]
     check_changes(model, one, together, tolerance)
     assert model.fingerprint() == before
 
 
-SETTINGS = pytest.mark.parametrize("settings", [CLAMPED, FREE], ids=["clamped", "free"])
+SETTINGS = pytest.mark.parametrize("settings", [CLAMPED, MEMIT], ids=["clamped", "free"])
 
 
 @SETTINGS
@@ -122,10 +101,10 @@ def test_other_families(family: str) -> None:
 @pytest.mark.usefixtures("no_narrowing")
 def test_written_facts_have_the_states_asked_for(family: str) -> None:
     """With hardly any weight on the second moment, W' k = z holds for all facts at once."""
-    settings = replace(FREE, layers=(1,), second_moment_weight=1e-9)
+    settings = replace(MEMIT, layers=(1,), second_moment_weight=1e-9)
     model = tiny.model(family)
-    memit = Memit(model, settings, ["{}"], {1: Solver(moments()[1])}, BUDGET)
-    change_DK = change(memit.edit_together(REQUESTS), model.weight_name(1))
+    editor = Memit(model, settings, ["{}"], {1: Solver(moments()[1])}, BUDGET)
+    change_DK = change(editor.edit_together(REQUESTS), model.weight_name(1))
     states = [oracle_memit.target_state(model, settings, ["{}"], r)[0] for r in REQUESTS]
     with oracle.edited(model, 1, change_DK):
         for request, state_D in zip(REQUESTS, states, strict=True):
@@ -137,10 +116,10 @@ def test_written_facts_have_the_states_asked_for(family: str) -> None:
 def test_nothing_is_left_behind() -> None:
     """A, B, A gives A twice the same, to the bit; one after another or in one model."""
     model = tiny.model("llama", "float32")
-    memit = editor(model, CLAMPED)
+    editor = memit(model, CLAMPED)
     before = model.fingerprint()
-    one, _, again = (memit.edit([REQUESTS[i]])[0] for i in (0, 1, 0))
-    many, _, more = (memit.edit_together(REQUESTS[i : i + 3]) for i in (0, 1, 0))
+    one, _, again = (editor.edit([REQUESTS[i]])[0] for i in (0, 1, 0))
+    many, _, more = (editor.edit_together(REQUESTS[i : i + 3]) for i in (0, 1, 0))
     for a, b in ((one, again), (many, more)):
         assert a.health == b.health
         assert all(torch.equal(change(a, name), change(b, name)) for name in a.deltas)
@@ -152,13 +131,13 @@ def test_templates_beside_the_bare_prompt_are_the_last() -> None:
     solvers = {layer: Solver(moment) for layer, moment in moments().items()}
     two = replace(CLAMPED, sampled_contexts=2)
     more = Memit(model, two, ["{}", "Never used. {}", *TEMPLATES[1:]], solvers, BUDGET)
-    (edit,), (same,) = (m.edit(REQUESTS[:1]) for m in (more, editor(model, CLAMPED)))
+    (edit,), (same,) = (m.edit(REQUESTS[:1]) for m in (more, memit(model, CLAMPED)))
     assert edit.health == same.health
 
 
 def test_models_and_layers_that_it_cannot_edit_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="olmo2 normalises it"):
-        editor(tiny.model("olmo2"), CLAMPED)
+        memit(tiny.model("olmo2"), CLAMPED)
     with pytest.raises(ValueError, match=r"ascending order, got \(3, 2\)"):
         MemitSettings(layers=(3, 2))
     with pytest.raises(ValueError, match="above 0, got 0"):

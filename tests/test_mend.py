@@ -6,34 +6,19 @@ import oracle_hypernetworks as oracle
 import pytest
 import tiny
 import torch
-from tiny import REQUESTS, no_narrowing  # noqa: F401
+from computations import mend_network
+from tiny import REQUESTS
 from torch import Tensor
 
 from rome.deltas import dense
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
-from rome.models import EditableModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ["gpt2", "gptj", "llama"]
-SETTINGS = MendSettings(rank=24, hidden_layers=1)  # More than one size and less than the other.
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-def trained(model: EditableModel) -> MendNetwork:
-    """A network that is far from the identity and has seen some gradients."""
-    network = hypernetwork.build(model, "mend", 2, SETTINGS, seed=1)
-    assert isinstance(network, MendNetwork)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(2)
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        texts = model.encode_targets([(r.text, r.target) for r in REQUESTS])
-        rows = gradients.observe(model, 1, texts)
-        network.train()(gradients.gradients(model, network.weights, rows))
-    return network.eval()
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
@@ -44,7 +29,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
 @pytest.mark.parametrize("family", MAIN)
 def test_deltas_are_the_explicit_transform(family: str) -> None:
     model = tiny.model(family)
-    network = trained(model)
+    network = mend_network(model)
     before = model.fingerprint()
     edits = HypernetworkEditor(model, network, BUDGET).edit(REQUESTS)
     for request, edit in zip(REQUESTS, edits, strict=True):
@@ -77,10 +62,11 @@ def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers:
             assert close(product_DK.T if model.family.transposed else product_DK, gradient)
 
 
+@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_an_edit_is_what_it_is_alone_and_leaves_nothing(family: str) -> None:
     model = tiny.model(family)
-    editor = HypernetworkEditor(model, trained(model), 10_000)
+    editor = HypernetworkEditor(model, mend_network(model), 10_000)
     together = editor.edit(REQUESTS)
     first, other, again = (editor.edit([REQUESTS[i]])[0] for i in (1, 3, 1))
     for name, delta in again.deltas.items():

@@ -11,39 +11,18 @@ import oracle
 import pytest
 import tiny
 import torch
-from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+from computations import BUDGET, CLAMPED, ENDING, LAST, STOPPING, correlated_moment
+from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
 from rome.deltas import Edit, LowRankDelta, applied, dense
 from rome.editors.rome import Rome, RomeSettings
-from rome.editors.values import ValueSettings
 from rome.families import FAMILIES
 from rome.models import EditableModel
 from rome.records import Request
-from rome.second_moment import SecondMoment, Solver
+from rome.second_moment import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-BUDGET = 300  # All the requests do not fit into one batch.
-
-# KL is on in all; one clamps, one stops some edits early, and layer 0 has no layer before it.
-CLAMPED = RomeSettings(1, ValueSettings(steps=6, kl_factor=0.5, clamp=0.2, stop_below=0), "mean")
-STOPPING = RomeSettings(
-    0, ValueSettings(8, learning_rate=0.05, weight_decay=0.01, kl_factor=0.1), "mixed"
-)
-LAST = RomeSettings(2, ValueSettings(steps=4, stop_below=0), "prompt", second_moment=False)
-
-
-# The last layer's MLP at the subject reaches the target only from the prompt's last token.
-ENDING = [replace(r, prompt=p) for r, p in zip(REQUESTS, ["{}", "I saw {}"] * 3, strict=False)]
-
-
-def second_moment() -> SecondMoment:
-    generator = torch.Generator().manual_seed(1)
-    moment = SecondMoment.zeros(40)
-    mixing_KK = torch.randn(40, 40, generator=generator, dtype=torch.float64)
-    moment.add(torch.randn(200, 40, generator=generator, dtype=torch.float64) @ mixing_KK)
-    return moment
 
 
 def parts(edit: Edit) -> tuple[Tensor, Tensor]:
@@ -58,7 +37,7 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float) -> None:
     """Edits of 1, 3 and all requests at once equal the oracle's."""
     requests = ENDING if settings is LAST else REQUESTS
-    moment = second_moment() if settings.second_moment else None
+    moment = correlated_moment() if settings.second_moment else None
     C_KK = None if moment is None else moment.mean()
 
     def outcomes() -> list[oracle.Outcome]:
@@ -124,7 +103,7 @@ def test_edited_model_answers_the_key_with_the_value(
     family: str, keys: Literal["mean", "prompt"]
 ) -> None:
     """W' k* = v* (Equation 2), read from a forward pass of a model whose weight was changed."""
-    model, moment = tiny.model(family), second_moment()
+    model, moment = tiny.model(family), correlated_moment()
     settings = replace(CLAMPED, keys=keys)
     contexts = TEMPLATES if keys == "mean" else ["{}"]
     editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)

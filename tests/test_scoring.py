@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 from test_rome import MAIN, close, random_edits
-from tiny import no_narrowing  # noqa: F401
 
 from rome.deltas import Edit, dense
 from rome.models import EditableModel

@@ -12,8 +12,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from computations import RECORDS, scores
 from oracle import edited
-from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+from tiny import REQUESTS, TEMPLATES
 
 from cluster.store import Store
 from jobs import config as configs
@@ -23,32 +24,12 @@ from rome.deltas import DenseDelta, Edit, LowRankDelta, dense
 from rome.editors import Editor, Unedited
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
-from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
-from rome.records import Record, Request, to_table
-from rome.scoring.generation import GenerationSettings
+from rome.records import Request, to_table
 from rome.sequences import Grouping, grouped
 
 LAYER = 1
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)
-SCORING = ScoringSettings(generation=GenerationSettings(max_tokens=16))
-RECORDS = [
-    Record(
-        case_id=i,
-        relation_id="P1",
-        prompt=request.prompt,
-        subject=request.subject,
-        target_new=request.target,
-        target_true="Japan",
-        target_new_id=None,
-        target_true_id=None,
-        paraphrase_prompts=(f"In 1890, {request.subject} was",),
-        neighborhood_prompts=("The Tokyo Tower is in", "The capital of Italy is"),
-        attribute_prompts=(),
-        generation_prompts=(f"{request.subject} is",),
-    )
-    for i, request in enumerate(REQUESTS)
-]
 
 
 class Dense:
@@ -86,12 +67,6 @@ class Joined:
 
 def rome(model: EditableModel) -> Rome:
     return Rome(model, SETTINGS, TEMPLATES, None, 300)
-
-
-def scores(model: EditableModel, editor: Editor, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What must be the same however the model was edited."""
-    rows = evaluate(model, editor, records, SCORING, None, 400)
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
 def by_hand(model: EditableModel, scored: Literal["after", "end"]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import pytest
 import tiny
 import torch
 import yaml
-from test_rome import BUDGET, CLAMPED, close, parts, second_moment
-from tiny import REQUESTS, TEMPLATES, no_narrowing  # noqa: F401
+from computations import BUDGET, CLAMPED, correlated_moment
+from test_rome import close, parts
+from tiny import REQUESTS, TEMPLATES
 
 from rome.editors.contexts import Position
 from rome.editors.rome import Rome
@@ -55,7 +56,7 @@ def test_an_edit_is_made_at_its_position(
     """Equal to the oracle, whose edited token is counted from the front."""
     torch.set_num_threads(1)
     monkeypatch.setattr(oracle, "subject_last", position_of(position))
-    model, moment = tiny.model(family), second_moment()
+    model, moment = tiny.model(family), correlated_moment()
     settings = replace(CLAMPED, position=position)
     editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)
     for request, edit in zip(REQUESTS, editor.edit(REQUESTS), strict=True):

@@ -11,13 +11,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from test_tracing import FACTS, taught
+from computations import FACTS, TRACING, taught
 
 from rome import tracing
-from rome.tracing import ROLES, TraceSettings
+from rome.tracing import ROLES
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = TraceSettings(samples=3, window=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "tiny",
         "model": {"name": "tiny-gpt2", "source": str(folder / "model"), "dtype": "float64"},
         "facts": str(folder / "facts.json"),
-        "trace": asdict(SETTINGS),
+        "trace": asdict(TRACING),
         "lease_facts": 2,
         "workers": {"num_cpus": 0.5, "workers": 2},
     }
@@ -72,7 +71,7 @@ def test_effects_are_those_of_the_traces(traced: tuple[Path, str]) -> None:
     assert std == pytest.approx(tracing.embedding_std(model, [f.subject for f in FACTS]))
     for kind in tracing.KINDS:
         for fact in FACTS[:2]:
-            found = tracing.trace(model, fact, kind, SETTINGS, std, 10_000)
+            found = tracing.trace(model, fact, kind, TRACING, std, 10_000)
             assert found.restored is not None
             assert found.corrupted is not None
             expected = [

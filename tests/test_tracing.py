@@ -7,35 +7,18 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from tiny import no_narrowing  # noqa: F401
+from computations import FACTS, TRACING, taught
 from torch import Tensor, nn
 
 from rome import tracing
 from rome.families import FAMILIES
 from rome.models import EditableModel
-from rome.tracing import KINDS, KnownFact, TraceSettings
+from rome.tracing import KINDS, KnownFact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ("gpt2", "gptj", "llama")
-SETTINGS = TraceSettings(samples=3, window=2)
-# Subjects of one and several tokens, at the beginning, inside, and at the end of a prompt.
-FACTS = [
-    KnownFact(4, "Danielle Darrieux", "Paris", "Danielle Darrieux was born in"),
-    KnownFact(5, "São Tomé", "Paris", "The capital of São Tomé is"),
-    KnownFact(6, "Žižek", "Paris", "Everyone admires Žižek"),
-]
 ATTENTION = {"gpt2": "attn", "gptj": "attn", "gpt_neox": "attention"}
-
-
-def taught(family: str, dtype: str = "float64", kind: str = "plain") -> EditableModel:
-    """A random model that knows the facts: its head answers their prompts with Paris."""
-    model = tiny.model(family, dtype, kind)
-    rows = [torch.tensor([model.tokenizer(fact.prompt)["input_ids"]]) for fact in FACTS]
-    hidden_D = sum(model.base(row).last_hidden_state[0, -1] for row in rows)
-    paris = model.tokenizer(" Paris", add_special_tokens=False)["input_ids"][0]
-    model.hf.get_output_embeddings().weight[paris] = 6 * hidden_D / hidden_D.norm()
-    return model
 
 
 class Hooked:
@@ -48,7 +31,7 @@ class Hooked:
         before = len(tokenizer(fact.prompt.split(fact.subject)[0].rstrip())["input_ids"])
         after = len(tokenizer(fact.prompt.split(fact.subject)[0] + fact.subject)["input_ids"])
         self.subject = range(before, after)
-        noise_SND = tracing._noise(model, fact, SETTINGS, len(self.subject)) * SETTINGS.noise * std
+        noise_SND = tracing._noise(model, fact, TRACING, len(self.subject)) * TRACING.noise * std
         self.clean, clean_p_V = self.run(None, {})
         self.answer = int(clean_p_V.argmax())
         self.clean_p = float(clean_p_V[self.answer])
@@ -134,7 +117,7 @@ def check(model: EditableModel, kind: str, tolerance: float) -> None:
         with torch.inference_mode():
             oracle = Hooked(model, fact, std)
             # Budgets of all samples at once, and of one at a time.
-            found = [tracing.trace(model, fact, kind, SETTINGS, std, n) for n in (10_000, 1)]
+            found = [tracing.trace(model, fact, kind, TRACING, std, n) for n in (10_000, 1)]
         for trace in found:
             assert trace.known
             assert (trace.subject, len(trace.tokens)) == (oracle.subject, len(oracle.ids))
@@ -155,7 +138,7 @@ def check(model: EditableModel, kind: str, tolerance: float) -> None:
 def test_what_the_model_does_not_know_is_not_traced() -> None:
     model = taught("gpt2")
     fact = replace(FACTS[0], attribute="Ωmega")
-    trace = tracing.trace(model, fact, "hidden", SETTINGS, 0.4, 1000)
+    trace = tracing.trace(model, fact, "hidden", TRACING, 0.4, 1000)
     assert (trace.known, trace.corrupted, trace.restored) == (False, None, None)
 
 
@@ -164,7 +147,7 @@ def test_noise_is_a_matter_of_the_fact_and_the_seed() -> None:
     one, other = FACTS[:2]
 
     def corrupted(fact: KnownFact, seed: int = 0) -> float | None:
-        settings = replace(SETTINGS, seed=seed)
+        settings = replace(TRACING, seed=seed)
         return tracing.trace(model, fact, "mlp_severed", settings, 0.4, 1000).corrupted
 
     assert corrupted(one) == corrupted(one)

@@ -15,7 +15,6 @@ import pytest
 import tiny
 from test_rome import MAIN, random_edits
 from test_scoring import changed
-from tiny import no_narrowing  # noqa: F401
 from typer.testing import CliRunner
 
 from cluster.store import Store

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from tokenizers import (
@@ -21,8 +19,6 @@ from tokenizers import (
 )
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
-from transformers.models.gptj import modeling_gptj
-from transformers.models.llama import modeling_llama
 
 from rome import models
 from rome.models import EditableModel
@@ -147,19 +143,3 @@ def model(family: str, dtype: str = "float64", tokenizer_kind: str = "plain") ->
 def smollm2() -> EditableModel:
     """The packaged SmolLM2-135M in float32."""
     return models.load(SMOLLM2, "float32")
-
-
-class _WideTorch(ModuleType):
-    """`torch`, whose float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@pytest.fixture
-def no_narrowing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float64 throughout: transformers computes Llama's norms and GPT-J's attention in float32."""
-    for module in (modeling_llama, modeling_gptj):
-        monkeypatch.setattr(module, "torch", _WideTorch("torch"))

@@ -6,14 +6,13 @@ indices from the CPU suit all; its numbers are the CPU's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+from unittest import mock
 
-import accelerate
-import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,6 +36,10 @@ INDEXED = {
 }
 
 
+Watcher = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_watchers: list[Watcher] = []
+
+
 class Placed(Tensor):
     """A tensor on the CPU that is said to be elsewhere."""
 
@@ -57,7 +60,7 @@ class Placed(Tensor):
         return made
 
     def tolist(self) -> Any:
-        return self.numbers.tolist()
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -75,6 +78,8 @@ class _TwoGpus(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    for watch in _watchers:
+        watch(func, args, kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     checked = [x for x in tensors if isinstance(x, Placed) or func not in INDEXED]
     # A number suits every device.
@@ -102,12 +107,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def two_gpus() -> Iterator[None]:
-    """Devices `meta:0` and `meta:1`: autograd asks for no driver of this type."""
-    with pytest.MonkeyPatch.context() as patch, _TwoGpus():
+def two_gpus(costs_of: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
+    """Devices `meta:0` and `meta:1`: autograd asks for no driver of this type.
+
+    `costs_of`: batches are made as for this device.
+    """
+    with ExitStack() as stack, _TwoGpus():
         for costs in (memory.BACKWARD, contexts._PASS_TOKENS, generation._CACHED):
-            patch.setitem(costs, "meta", costs["cpu"])
-        patch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
+            stack.enter_context(mock.patch.dict(costs, meta=costs[costs_of]))
+        stack.enter_context(mock.patch.object(adam, "_device_dtype_check_for_fused"))
         # `torch.tensor(data, device=...)` then makes its tensor by operations that are seen here.
         torch._C._set_only_lift_cpu_tensors(True)
         try:
@@ -116,8 +124,33 @@ def two_gpus() -> Iterator[None]:
             torch._C._set_only_lift_cpu_tensors(False)
 
 
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within `two_gpus`: `watcher` is called with each operator before it runs."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def place(model: EditableModel) -> EditableModel:
+    """Within `two_gpus`: the whole model on `meta:0`, with the attention that CUDA has."""
+    hf: Any = model.hf
+    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+    for module in hf.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(weight.to("meta:0"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta:0")
+    return model
+
+
 def spread(model: EditableModel, whole: bool = False) -> EditableModel:
     """Layers 0 and 1 on `meta:0`, the last one and the head on `meta:1`; `whole`: it alone."""
+    import accelerate  # What counts operators on one device can do without it.
+
     base, layers = model.family.base, model.family.layers
     names = [name for name, _ in model.base.named_children()]
     first = names[: names.index(layers)]
