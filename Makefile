@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup bench perf chaos scale table1 table4 table-variants test clean
+.PHONY: setup bench perf gpu roundings chaos scale table1 table4 table-variants test clean
 
 setup: .venv/installed
 
@@ -23,6 +23,21 @@ bench: setup
 # The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
 perf: setup
 	$(BIN)/python tests/perf.py $(ARGS)
+
+# For whoever has a GPU: right? how fast? e.g. `make gpu ARGS="--parts correctness"`. Any Python with
+# torch, transformers, pyarrow and pyyaml will do: GPU_PYTHON=python3.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) tests/gpu.py $(ARGS)
+
+# The tests of numbers, with the roundings of other processors.
+NUMERIC := counts deltas fine_tuning gpu knowledge_editor knowledge_neurons library memit mend models \
+	new_editor parity peft perf rome scoring second_moment sequences text_metrics tracing two_gpus zsre
+ROUNDINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2
+roundings: setup
+	set -e; for way in $(ROUNDINGS); do \
+		echo "$$way"; env $$way $(BIN)/pytest $(NUMERIC:%=tests/test_%.py); done
 
 # Every fault, over three seeds: lost, duplicated, attempts; docs/operations.md.
 chaos: setup

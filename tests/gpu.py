@@ -1,0 +1,123 @@
+"""Is a GPU right, and how fast is it? One script for a machine that has one for a few minutes.
+
+`make gpu`, or with the repository's folder in PYTHONPATH `python tests/gpu.py` by any Python with
+torch, transformers, pyarrow and pyyaml. docs/performance.md says how to read what it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import bench
+import gpu_correctness
+import gpu_profile
+import gpu_speed
+import torch
+from gpu_report import Report, Task
+
+# A part, and the share of the time by which it ends; what it has not done by then is left out.
+PARTS: dict[str, tuple[Callable[[str], list[Task]], float]] = {
+    "correctness": (gpu_correctness.tasks, 0.35),
+    "speed": (gpu_speed.tasks, 0.9),
+    "profile": (gpu_profile.tasks, 1.0),
+}
+
+
+class TimeUpError(Exception):
+    """The time of a part is over, or the process was asked to end."""
+
+
+@contextmanager
+def until(moment: float) -> Iterator[None]:
+    """Raise TimeUpError in the block at a moment of `time.monotonic`."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise TimeUpError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(moment - time.monotonic(), 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(tasks: Sequence[Task], report: Report, moment: float) -> None:
+    """Each task in turn, and kept as soon as it is done. One that fails does not end the others."""
+    for i, task in enumerate(tasks):
+        began = time.monotonic()
+        try:
+            with until(moment):
+                task.run(report)
+        except TimeUpError:
+            report.left_out += [f"{late.name}: no time was left" for late in tasks[i:]]
+            return
+        except Exception as error:
+            traceback.print_exc()
+            report.check(task.name, False, f"{type(error).__name__}: {error}")
+        finally:
+            report.save()
+        print(f"{task.name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add: Callable[..., Any] = parser.add_argument
+    add("--device", default="cuda", help="cuda; cpu runs every part at toy size")
+    add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    add("--seconds", type=float, default=285, help="in all; what is not done by then is said")
+    add("--out", type=Path, default=Path("gpu.json"), help="JSON of all that the table says")
+    options = parser.parse_args(arguments)
+    if not options.parts or not set(options.parts) <= PARTS.keys():
+        parser.error(f"--parts must be some of {','.join(PARTS)}, got {','.join(options.parts)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        print(
+            "torch sees no GPU: look at nvidia-smi and at torch.version.cuda "
+            f"(now {torch.version.cuda}), or try the script with --device cpu",
+            file=sys.stderr,
+        )
+        return 2
+    began = time.monotonic()
+    report = Report(options.out, options.device)
+    if bench.without_nltk():
+        report.left_out.append("GE of whole rows: there is no nltk")
+
+    def ended(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, ended)
+    interrupted = False
+    try:
+        for name, (tasks, share) in PARTS.items():
+            if name in options.parts:
+                # The last of the parts that were chosen may use all the time.
+                share = 1.0 if name == options.parts[-1] else share
+                run(tasks(options.device), report, began + share * options.seconds)
+    except KeyboardInterrupt:
+        interrupted = True
+        report.left_out.append("what came after: it was interrupted")
+    report.seconds = time.monotonic() - began
+    report.save()
+    print(report.text())
+    failed = [check for check in report.checks if not check.passed]
+    print(f"gpu: {len(report.checks)} checks, {len(failed)} failed")
+    return 130 if interrupted else int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
