@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from jobs.sources import say
+from rich.console import Console, RenderableType
 
 if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
     from cluster.run import Outcome
 
 DEAD_LETTERS = 3
 STOPPED = 130
+
+CONSOLE = Console(stderr=True)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: key=value.")]
 
@@ -26,6 +27,19 @@ def new_app(**options: Any) -> typer.Typer:
     return typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
     )
+
+
+def say(text: str) -> None:
+    """Tell the user something beside a job's output."""
+    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def print_table(table: RenderableType) -> None:
+    """To stdout; in a log or a pipe it is not cut to the width of a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = Console(width=1000).measure(table).maximum
+    console.print(table)
 
 
 @contextmanager

@@ -17,12 +17,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cluster.store import Store
-from jobs import cli, manifests
-from jobs import config as configs
-from jobs.reduce import collect, print_table
-from rome import comparison
-from rome.results import OK
-from rome.summary import METRICS, ZSRE_METRICS, with_metrics
+from jobs import cli
+from jobs.runs import config as configs
+from jobs.runs import manifests
+from jobs.runs.parts import collect
+from rome.analysis import comparison
+from rome.analysis.summary import METRICS, ZSRE_METRICS, with_metrics
+from rome.data.results import OK
 
 app = cli.new_app()
 
@@ -77,7 +78,7 @@ def _refuse_another(one: Store, other: Store) -> None:
 
 
 def compare(run_dirs: Sequence[str], metrics: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """`rome.comparison.compare` and `health` of the editors of the runs; see `read`.
+    """`rome.analysis.comparison.compare` and `health` of the editors of the runs; see `read`.
 
     `metrics`: empty for those of the paper's table of the benchmark.
     """
@@ -159,7 +160,7 @@ def main(
     shown = [(pairs, _PAIRS, _PAIRS_CAPTION), (health, _HEALTH, _HEALTH_CAPTION)]
     for frame, cells, caption in shown[: 2 if len(health) else 1]:
         if format == Format.TABLE:
-            print_table(_terminal(frame, cells, caption))
+            cli.print_table(_terminal(frame, cells, caption))
         else:
             typer.echo(_markdown(frame, cells, caption))
 

@@ -17,25 +17,26 @@ import typer
 
 from cluster.run import FAILURES, once, run
 from cluster.store import Store
-from jobs import cli, manifests, second_moment, stored_edits
-from jobs import config as configs
-from jobs.config import ConfigError, RunConfig
-from jobs.evaluation import (
+from jobs import cli, second_moment
+from jobs.cli import say
+from jobs.inputs.record_stores import grid_of, record_store
+from jobs.inputs.sources import reversed_prompts
+from jobs.reduce import reduce, show
+from jobs.runs import config as configs
+from jobs.runs import manifests
+from jobs.runs.config import RunConfig
+from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
+from jobs.tasks import stored_edits
+from jobs.tasks.evaluation import (
     Evaluation,
     EvaluationTask,
-    file_sha256,
-    grid_of,
     group_of,
     model_facts,
-    unchanged,
 )
-from jobs.manifests import MANIFEST
-from jobs.prepare import prepare
-from jobs.reduce import reduce, show
-from jobs.sources import ROOT, benchmarks, reversed_prompts, say
-from jobs.training import trained
+from jobs.tasks.training import trained
+from rome.analysis.summary import PROTOCOL
 from rome.editors import EDITORS
-from rome.summary import PROTOCOL
+from rome.paths import ROOT
 
 # What a manifest says of files, and what they are.
 _FILES = {"second_moments": "second moment", "weights": "trained network"}
@@ -76,22 +77,6 @@ def evaluate(config: RunConfig, out: str) -> int:
     if outcome.done:
         show(reduce([store.uri]))
     return cli.ended(outcome, "rows", "case")
-
-
-def record_store(benchmark: str) -> Store:
-    """The store of a benchmark: a prepared one, or a named one, prepared if it is not there."""
-    if benchmark not in benchmarks():
-        store = Store(benchmark)
-        if not store.exists(MANIFEST):
-            raise ConfigError(
-                f"benchmark must be one of {', '.join(benchmarks())} or a prepared store, got "
-                f"'{benchmark}'; prepare one with python -m jobs.prepare SOURCE --out {benchmark}"
-            )
-        return store
-    store = Store(str(configs.workspace() / "records" / benchmark))
-    if not store.exists(MANIFEST):
-        prepare(benchmark, store.uri)
-    return store
 
 
 def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:

@@ -16,16 +16,18 @@ import typer
 from markupsafe import Markup
 
 from cluster.store import Store
-from jobs import cli, manifests, report_data, report_figures, tables
+from jobs import cli
+from jobs.cli import say
 from jobs.compare import read
-from jobs.pages import packed, render
+from jobs.output import report_data, report_figures, tables
+from jobs.output.pages import packed, render
 from jobs.reduce import reduce
-from jobs.report_data import FAILURES
-from jobs.sources import say
+from jobs.runs import manifests
 from jobs.sweep import SWEEP
-from rome import comparison
-from rome.results import ERROR, OK
-from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+from rome.analysis import comparison, failures
+from rome.analysis.failures import FAILURES
+from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+from rome.data.results import ERROR, OK
 
 _FIGURES = "figures/"
 _WAY_OUT = "Give what jobs.evaluate, jobs.sweep or jobs.trace wrote to."
@@ -51,7 +53,7 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
             f"Got {', '.join(run_dirs)}."
         )
     uris = [store.uri for store in runs]
-    rows = report_data.with_failures(read(uris))
+    rows = failures.with_failures(read(uris))
     summary = reduce(uris)
     prompts = report_data.read_prompts([manifest_of[uri] for uri in uris])
     counterfact = bool(rows["ES"].count())
@@ -69,7 +71,7 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
         tables=[names for names in (metrics, extra) if names],
         notes=tables.notes(summary),
         failures=FAILURES,
-        failure_counts=report_data.failure_counts(rows).to_dicts(),
+        failure_counts=failures.failure_counts(rows).to_dicts(),
         unedited="none" in rows["editor"],
         pairs=pairs.to_dicts(),
         health=comparison.health(rows).to_dicts(),

@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
-import numpy as np
-import pyarrow as pa
-import torch
 import typer
-from torch import Tensor
 
-from cluster.queue import Grid, Lease
+from cluster.queue import Grid
 from cluster.run import FAILURES, RunError, run
 from cluster.store import Store
 from jobs import cli
-from jobs import config as configs
-from jobs import corpus as corpora
-from jobs.config import ModelConfig, RunConfig
-from jobs.corpus import Corpus
-from jobs.pinned import load_model
-from jobs.sources import say
+from jobs.cli import say
+from jobs.inputs import corpus as corpora
+from jobs.runs import config as configs
+from jobs.runs.config import ModelConfig, RunConfig
+from jobs.tasks.moments import GROUP, MomentTask, dead_row, merged
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
@@ -41,14 +34,11 @@ from rome.second_moment import (
     SecondMoment,
     Solver,
     UnsolvableError,
-    accumulate,
     import_npz,
     load,
-    merge,
     save,
 )
 
-_GROUP = "parts"
 # The limit of a record, which workers have by default, does not fit thousands of texts.
 _CHUNK_SECONDS = 3600.0
 
@@ -148,7 +138,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
     say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
     make_task = partial(MomentTask, config.model, layers, corpus, grid)
-    outcome = run(parts, [_GROUP], grid, make_task, _dead_row, settings)
+    outcome = run(parts, [GROUP], grid, make_task, dead_row, settings)
     if outcome.stopped:
         raise RunError(f"stopped: {outcome.done} of {outcome.total} chunks; run it again to go on")
     if outcome.dead:
@@ -159,7 +149,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
         )
     try:
         for layer, file in files.items():
-            moment, model_fingerprint = _merged(parts, grid, layer)
+            moment, model_fingerprint = merged(parts, grid, layer)
             condition = _condition_number(moment, config.model, layer)
             origin = Origin(
                 model=config.model.name,
@@ -189,79 +179,6 @@ def _condition_number(moment: SecondMoment, config: ModelConfig, layer: int) -> 
             f"layer {layer} of {config.name}, corpus {corpus.corpus}, "
             f"model.second_moment.tokens={corpus.tokens}: {error}"
         ) from error
-
-
-def _merged(parts: Store, grid: Grid, layer: int) -> tuple[SecondMoment, str]:
-    """The sum over all chunks in their order, and the fingerprint of the model that made them."""
-    fingerprints: set[str] = set()
-
-    def moments() -> Iterator[SecondMoment]:
-        for lease in grid.leases(_GROUP):
-            row = parts.read_table(lease.part, ["model_fingerprint", "count", _column(layer)])
-            fingerprints.update(row["model_fingerprint"].to_pylist())
-            (count,) = row["count"].to_pylist()
-            yield SecondMoment(_unpacked(row[_column(layer)][0].as_buffer()), count)
-
-    moment = merge(moments())
-    if len(fingerprints) > 1:
-        raise RunError(
-            f"the chunks must all be of one model, but were computed with {len(fingerprints)} "
-            f"different weights; delete {parts.uri} and run the same command again"
-        )
-    return moment, fingerprints.pop()
-
-
-class MomentTask:
-    """A pinned model that sums k k^T over chunks of a corpus."""
-
-    def __init__(
-        self, config: ModelConfig, layers: Sequence[int], corpus: Corpus, grid: Grid
-    ) -> None:
-        self.model = load_model(config)
-        self.fingerprint = self.model.fingerprint()
-        self.layers, self.corpus, self.grid = layers, corpus, grid
-
-    def describe(self) -> dict[str, Any]:
-        return {"model_fingerprint": self.fingerprint}
-
-    def verify(self) -> None:
-        """Nothing here writes to a weight."""
-
-    def run(self, lease: Lease) -> pa.Table:
-        (chunk,) = self.grid.ids(lease)
-        moments = accumulate(self.model, self.layers, self.corpus.texts(self.model, chunk))
-        columns = {
-            "case_id": pa.array([chunk]),
-            "count": pa.array([next(iter(moments.values())).count]),
-            "model_fingerprint": pa.array([self.fingerprint]),
-        }
-        for layer, moment in moments.items():
-            columns[_column(layer)] = pa.array([_packed(moment.sum_KK)], pa.large_binary())
-        return pa.table(columns)
-
-
-def _column(layer: int) -> str:
-    return f"sum_{layer}"
-
-
-def _packed(sum_KK: Tensor) -> bytes:
-    """The lower triangle, row by row: the matrix is symmetric, and large."""
-    rows = sum_KK.cpu().numpy()
-    return np.concatenate([row[: i + 1] for i, row in enumerate(rows)]).tobytes()
-
-
-def _unpacked(data: pa.Buffer) -> Tensor:
-    flat = np.frombuffer(data, dtype=np.float64)
-    size = math.isqrt(2 * len(flat))
-    lower_KK = torch.zeros(size, size, dtype=torch.float64)
-    for i, row in enumerate(lower_KK.numpy()):
-        row[: i + 1] = flat[i * (i + 1) // 2 :][: i + 1]
-    return lower_KK + lower_KK.tril(-1).T
-
-
-def _dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
-    row = {"case_id": lease.start, "error": error, "attempts": attempts}
-    return pa.Table.from_pylist([row])
 
 
 app = cli.new_app()

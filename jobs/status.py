@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
-from urllib.parse import unquote
 
 import typer
 
@@ -18,7 +17,9 @@ from cluster.lock import LOCK_NAME
 from cluster.progress import clock
 from cluster.queue import read_parts
 from cluster.store import Store
-from jobs import cli, manifests
+from jobs import cli
+from jobs.runs import manifests
+from jobs.runs.parts import hive_values
 
 RECENT = timedelta(minutes=10)
 """What was committed in the last so long of a run tells its rate and its workers."""
@@ -61,11 +62,11 @@ def status(store: Store) -> Status:
     results = store.sub("results")
     written = results.written(suffix=".parquet")
     found = read_parts(results, list(written))
-    done = Counter(_editor(group) for group, _ in found.errors)
+    done = Counter(hive_values(group)["editor"] for group, _ in found.errors)
     dead = defaultdict(list)
     for (group, case_id), error in sorted(found.errors.items()):
         if error is not None:
-            dead[error].append((_editor(group), case_id))
+            dead[error].append((hive_values(group)["editor"], case_id))
     rate, workers = _recent(results, written)
     return Status(
         name=manifest["name"],
@@ -110,10 +111,6 @@ def _driver(results: Store) -> str | None:
     except (ValueError, KeyError, TypeError):
         return "unknown: its lock cannot be read"
     return who + (f", silent for {clock(silent)}: probably dead" if silent > SILENT else ", alive")
-
-
-def _editor(group: str) -> str:
-    return unquote(group.rpartition("editor=")[2])
 
 
 def show(status: Status) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,14 +18,13 @@ import polars as pl
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from statsmodels.stats.inter_rater import fleiss_kappa
 
 from jobs import cli
+from jobs.cli import say
 from jobs.compare import read
-from jobs.pages import packed, render
-from jobs.reduce import print_table
-from jobs.sources import say
-from rome.results import OK
+from jobs.output.pages import packed, render
+from rome.analysis.raters import verdict
+from rome.data.results import OK
 
 QUESTIONS = {
     "consistent": "Which text is more consistent with the fact?",
@@ -36,7 +34,6 @@ SAME = "same"
 KEY = "key.json"
 _SIDES = ("1", "2")
 _CHECK_WORDS = 40
-_RESAMPLES = 2000
 
 
 def make(
@@ -122,10 +119,8 @@ def _fact(row: dict[str, Any]) -> str:
 def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the raters say, without those who fail an attention check.
 
-    Per question of QUESTIONS: the counts `a`, `b`, `same`; `ratio`, a / b (infinite where none
-    chose b, None without any choice), with its 95 % percentile bootstrap `low`, `high` over raters
-    and records, both drawn with replacement; `kappa`, Fleiss' of the three answers, None for fewer
-    than two raters. And `raters` and `left_out`, their names.
+    Per question of QUESTIONS: see `rome.analysis.raters.verdict`. And `raters` and `left_out`,
+    their names.
 
     Raises ValueError where answers are of another study, not complete, or two are of one rater.
     """
@@ -155,7 +150,7 @@ def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, A
                 for given in votes.values()
             ]
         )
-        result[question] = _verdict(votes_RI)
+        result[question] = verdict(votes_RI)
     return result
 
 
@@ -184,40 +179,6 @@ def _checked(key: dict[str, Any], answer: dict[str, Any]) -> str:
 def _choice(side: str, sides: Sequence[str]) -> int:
     """0 for editor a, 1 for b, 2 for the same."""
     return 2 if side == SAME else "ab".index(sides[int(side) - 1])
-
-
-def _verdict(votes_RI: Any) -> dict[str, Any]:
-    counts = Counter(votes_RI.ravel().tolist())
-    raters, items = votes_RI.shape
-    draw = np.random.default_rng(0)
-    ratios = []
-    for _ in range(_RESAMPLES):
-        rows, columns = draw.integers(raters, size=raters), draw.integers(items, size=items)
-        sample = votes_RI[np.ix_(rows, columns)]
-        ratios.append(_ratio((sample == 0).sum(), (sample == 1).sum()))
-    known = [ratio for ratio in ratios if ratio is not None]
-    # Without interpolation, which infinity does not have.
-    low, high = (
-        np.percentile(known, [2.5, 97.5], method="inverted_cdf").tolist() if known else (None, None)
-    )
-    table_IK = np.stack([(votes_RI == kind).sum(axis=0) for kind in range(3)], axis=1)
-    with np.errstate(invalid="ignore"):
-        kappa = float(fleiss_kappa(table_IK)) if raters > 1 else None
-    return {
-        "a": counts[0],
-        "b": counts[1],
-        "same": counts[2],
-        "ratio": _ratio(counts[0], counts[1]),
-        "low": low,
-        "high": high,
-        "kappa": kappa,
-    }
-
-
-def _ratio(a: int, b: int) -> float | None:
-    if b:
-        return float(a / b)
-    return float("inf") if a else None
 
 
 app = cli.new_app(no_args_is_help=True)
@@ -265,7 +226,7 @@ def tally_command(
             f"{_number(row['low'])} to {_number(row['high'])}",
             _number(row["kappa"]),
         )
-    print_table(table)
+    cli.print_table(table)
     say(f"{len(result['raters'])} raters, {result['records']} records")
     if result["left_out"]:
         say(f"left out, for they failed an attention check: {', '.join(result['left_out'])}")

@@ -15,12 +15,14 @@ import typer
 
 from cluster.run import FAILURES
 from cluster.store import Store
-from jobs import cli, figures
-from jobs import config as configs
-from jobs.config import ConfigError, RunConfig
+from jobs import cli
+from jobs.cli import say
 from jobs.evaluate import evaluate
-from jobs.reduce import reduce, write_table
-from jobs.sources import say
+from jobs.output import figures
+from jobs.reduce import reduce
+from jobs.runs import config as configs
+from jobs.runs.config import ConfigError, RunConfig
+from jobs.runs.parts import write_table
 from rome import models
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings

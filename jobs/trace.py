@@ -8,141 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import polars as pl
-import pyarrow as pa
 import typer
-from pydantic import PositiveInt
 
-from cluster.queue import Grid, Lease
-from cluster.run import FAILURES, RunSettings, once, run
+from cluster.queue import Grid
+from cluster.run import FAILURES, once, run
 from cluster.store import Store
-from jobs import cli, figures, manifests, sources
-from jobs import config as configs
-from jobs.config import ModelConfig
-from jobs.manifests import MANIFEST
-from jobs.pinned import load_model
-from jobs.reduce import write_table
-from jobs.sources import say
+from jobs import cli
+from jobs.cli import say
+from jobs.inputs import sources
+from jobs.output import figures
+from jobs.runs import config as configs
+from jobs.runs import manifests
+from jobs.runs.manifests import MANIFEST
+from jobs.runs.parts import PARTS, hive_path, hive_values, write_table
+from jobs.tasks.loading import load_model
+from jobs.tasks.tracing import TraceConfig, Tracing, TracingTask
 from rome import tracing
-from rome.evaluation import TOKEN_BUDGETS
-from rome.results import ERROR, OK
-from rome.tracing import KnownFact, TraceSettings
+from rome.analysis.effects import averages, effects, suggested_layer
+from rome.tracing import KnownFact
 
-KindName = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
 EFFECTS, AVERAGES = "effects.parquet", "averages.parquet"
-
-TRACE_SCHEMA = pa.schema(
-    [
-        pa.field("case_id", pa.int64(), nullable=False),  # The fact's known_id.
-        pa.field("subject", pa.string()),
-        pa.field("prompt", pa.string()),
-        pa.field("attribute", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("attempts", pa.int32(), nullable=False),
-        # The token that the model itself says next, and whether the attribute starts with it.
-        pa.field("answer", pa.string()),
-        pa.field("known", pa.bool_()),
-        pa.field("tokens", pa.list_(pa.string())),
-        pa.field("subject_start", pa.int32()),
-        pa.field("subject_stop", pa.int32()),
-        # Probabilities of the answer; null where the fact is not known.
-        pa.field("clean", pa.float64()),
-        pa.field("corrupted", pa.float64()),
-        # By token, then by layer; null for tokens that the kind does not trace.
-        pa.field("restored", pa.list_(pa.list_(pa.float64()))),
-        pa.field("seconds", pa.float64()),
-        pa.field("worker", pa.string()),
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceConfig:
-    """One file of configs/traces, with its model filled in."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-    name: str
-    model: ModelConfig
-    facts: str
-    """A file or URL in the form of the authors' `known_1000.json`."""
-    limit: PositiveInt | None = None
-    """The first so many facts, known to the model or not."""
-    kinds: tuple[KindName, ...] = ("hidden", "mlp", "attention", "mlp_severed", "attention_severed")
-    trace: TraceSettings = field(default_factory=TraceSettings)
-    token_budget: PositiveInt | None = None
-    """Tokens of a forward pass at most; null takes what suits the device."""
-    lease_facts: PositiveInt = 4
-    workers: RunSettings = field(default_factory=RunSettings)
-
-
-@dataclass(frozen=True)
-class Tracing:
-    """Everything that a worker must know."""
-
-    config: TraceConfig
-    facts: dict[int, KnownFact]
-    grid: Grid
-    std: float
-
-    def dead_row(self, lease: Lease, error: str, attempts: int) -> pa.Table:
-        """The row of a fact that ended its workers."""
-        (known_id,) = self.grid.ids(lease)
-        row = {"case_id": known_id, "status": ERROR, "error": error, "attempts": attempts}
-        return pa.Table.from_pylist([row], schema=TRACE_SCHEMA)
-
-
-class TracingTask:
-    """A model pinned in a worker that traces facts."""
-
-    def __init__(self, tracing: Tracing) -> None:
-        self.tracing = tracing
-        self.model = load_model(tracing.config.model)
-        self.fingerprint = self.model.fingerprint()
-        default = TOKEN_BUDGETS[self.model.device.type]
-        self.token_budget = tracing.config.token_budget or default
-
-    def describe(self) -> dict[str, Any]:
-        return {"model_fingerprint": self.fingerprint}
-
-    def verify(self) -> None:
-        """Nothing here writes to a weight."""
-
-    def run(self, lease: Lease) -> pa.Table:
-        rows = [self._row(lease, known_id) for known_id in self.tracing.grid.ids(lease)]
-        return pa.Table.from_pylist(rows, schema=TRACE_SCHEMA)
-
-    def _row(self, lease: Lease, known_id: int) -> dict[str, Any]:
-        fact, began = self.tracing.facts[known_id], time.perf_counter()
-        settings, std = self.tracing.config.trace, self.tracing.std
-        kind = lease.group.rpartition("kind=")[2]
-        found = tracing.trace(self.model, fact, kind, settings, std, self.token_budget)
-        return {
-            "case_id": known_id,
-            "subject": fact.subject,
-            "prompt": fact.prompt,
-            "attribute": fact.attribute,
-            "status": OK,
-            "attempts": lease.attempt,
-            "answer": found.answer,
-            "known": found.known,
-            "tokens": found.tokens,
-            "subject_start": found.subject.start,
-            "subject_stop": found.subject.stop,
-            "clean": found.clean,
-            "corrupted": found.corrupted,
-            "restored": found.restored,
-            "seconds": time.perf_counter() - began,
-            "worker": f"{socket.gethostname()}:{os.getpid()}",
-        }
 
 
 def read_facts(location: str) -> tuple[list[KnownFact], str]:
@@ -173,7 +64,7 @@ def run_traces(config: TraceConfig, out: str) -> int:
     work = Tracing(config, {f.known_id: f for f in facts}, grid, manifest["embedding_std"])
     outcome = run(
         store.sub("results"),
-        [f"kind={kind}" for kind in config.kinds],
+        [hive_path(kind=kind) for kind in config.kinds],
         grid,
         partial(TracingTask, work),
         work.dead_row,
@@ -223,78 +114,24 @@ def _model_facts(config: TraceConfig, subjects: Sequence[str]) -> dict[str, Any]
     }
 
 
-def effects(store: Store) -> pl.DataFrame:
-    """One row per (kind, known_id, token, layer) of the known facts of a run, finished or not.
-
-    `total_effect` = P[o] - P*[o] and `indirect_effect` = P*,restored[o] - P*[o], for the answer o.
-    `roles` are the token's, see `rome.tracing.roles`. Raises ValueError where no part is there.
-    """
-    parts = store.list("results/", ".parquet")
+def read_effects(store: Store) -> pl.DataFrame:
+    """The effects of a run, finished or not. Raises ValueError if no part is there."""
+    parts = store.list(PARTS, ".parquet")
     if not parts:
-        raise ValueError(f"{store.uri} has no traces yet: no part in results/. Run jobs.trace.")
-    frames = []
-    for part in parts:
-        frame = pl.DataFrame(pl.from_arrow(store.read_table(part))).filter(pl.col("known"))
-        kind = part.split("/")[1].removeprefix("kind=")
-        frames.append(frame.with_columns(pl.lit(kind).alias("kind")))
-    rows = pl.concat(frames)
-    counted = [
-        tracing.roles(range(row["subject_start"], row["subject_stop"]), len(row["tokens"]))
-        for row in rows.select("subject_start", "subject_stop", "tokens").iter_rows(named=True)
+        raise ValueError(f"{store.uri} has no traces yet: no part in {PARTS}. Run jobs.trace.")
+    rows = [
+        pl.DataFrame(pl.from_arrow(store.read_table(part))).with_columns(
+            pl.lit(hive_values(part)["kind"]).alias("kind")
+        )
+        for part in parts
     ]
-    return (
-        rows.with_columns(
-            pl.Series("roles", counted, pl.List(pl.List(pl.String))),
-            pl.int_ranges(pl.col("tokens").list.len()).alias("token"),
-        )
-        .select(
-            "kind",
-            pl.col("case_id").alias("known_id"),
-            "token",
-            pl.col("tokens").alias("text"),
-            "roles",
-            "answer",
-            (pl.col("clean") - pl.col("corrupted")).alias("total_effect"),
-            "corrupted",
-            pl.col("restored").alias("layers"),
-        )
-        .explode("token", "text", "roles", "layers")
-        .drop_nulls("layers")
-        .with_columns(pl.int_ranges(pl.col("layers").list.len()).alias("layer"))
-        .explode("layer", "layers")
-        .with_columns((pl.col("layers") - pl.col("corrupted")).alias("indirect_effect"))
-        .drop("layers", "corrupted")
-        .sort("kind", "known_id", "token", "layer")
-    )
-
-
-def averages(frame: pl.DataFrame) -> pl.DataFrame:
-    """Average indirect effect by kind, role and layer, over all tokens of a role as the released
-    `average_causal_effects` has it; `half_width` is 1.96 * std / sqrt(facts)."""
-    effect = pl.col("indirect_effect")
-    return (
-        frame.explode("roles")
-        .drop_nulls("roles")
-        .group_by("kind", pl.col("roles").alias("role"), "layer")
-        .agg(
-            effect.mean().alias("indirect_effect"),
-            (1.96 * effect.std(ddof=0) / pl.col("known_id").n_unique().sqrt()).alias("half_width"),
-            pl.col("known_id").n_unique().alias("facts"),
-        )
-        .sort("kind", pl.col("role").cast(pl.Enum(tracing.ROLES)), "layer")
-    )
-
-
-def suggested_layer(average: pl.DataFrame) -> int | None:
-    """The layer with the largest average indirect effect of MLPs at the subject's last token."""
-    found = average.filter(kind="mlp", role="last subject").sort("indirect_effect")
-    return None if found.is_empty() else int(found["layer"][-1])
+    return effects(pl.concat(rows))
 
 
 def reduce(out: str) -> None:
     """Write effects, averages and figures of a run, and say what they suggest."""
     store = Store(out)
-    frame = effects(store)
+    frame = read_effects(store)
     if frame.is_empty():
         raise ValueError(f"{store.uri}: the model knows none of the facts traced so far")
     average = averages(frame)
@@ -319,7 +156,7 @@ def reduce(out: str) -> None:
 def draw_fact(out: str, known_id: int) -> None:
     """The heat maps of one fact, as in Figure 1. Raises ValueError where it was not traced."""
     store = Store(out)
-    frame = effects(store).filter(known_id=known_id)
+    frame = read_effects(store).filter(known_id=known_id)
     if frame.is_empty():
         raise ValueError(f"{store.uri} has no trace of a known fact with known_id {known_id}")
     window = _read(store)["config"]["trace"]["window"]

@@ -18,14 +18,16 @@ from cluster.lock import RunLock
 from cluster.progress import LOG_SECONDS
 from cluster.run import FAILURES, stream
 from cluster.store import Store
-from jobs import cli, figures, manifests
-from jobs import config as configs
-from jobs import corpus as corpora
-from jobs.config import ConfigError, CorpusConfig
-from jobs.evaluate import record_store
-from jobs.manifests import MANIFEST
-from jobs.sources import say
-from jobs.training import TrainConfig, best, finished, folder, read_curve, train
+from jobs import cli
+from jobs.cli import say
+from jobs.inputs import corpus as corpora
+from jobs.inputs.record_stores import record_store
+from jobs.output import figures
+from jobs.runs import config as configs
+from jobs.runs import manifests
+from jobs.runs.config import ConfigError, CorpusConfig
+from jobs.runs.manifests import MANIFEST
+from jobs.tasks.training import TrainConfig, best, finished, folder, read_curve, train
 
 
 def load(path: str, overrides: list[str]) -> TrainConfig:

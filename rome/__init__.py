@@ -15,21 +15,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rome.deltas import Edit, applied, written
+    from rome.data.records import Request
+    from rome.edits.deltas import Edit, applied, written
     from rome.library import edit, generate
     from rome.models import load
-    from rome.records import Request
 
 __all__ = ["Edit", "Request", "applied", "edit", "generate", "load", "written"]
 
 _HOMES = {
-    "Edit": "rome.deltas",
-    "Request": "rome.records",
-    "applied": "rome.deltas",
+    "Edit": "rome.edits.deltas",
+    "Request": "rome.data.records",
+    "applied": "rome.edits.deltas",
     "edit": "rome.library",
     "generate": "rome.library",
     "load": "rome.models",
-    "written": "rome.deltas",
+    "written": "rome.edits.deltas",
 }
 
 

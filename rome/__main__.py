@@ -19,18 +19,21 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from rome import edit_files, library, models, peft_export
-from rome.deltas import Edit
+from rome import library, models
+from rome.data.records import Request
 from rome.editors import EDITORS
+from rome.edits import files as edit_files
+from rome.edits import peft_export
+from rome.edits.deltas import Edit
 from rome.evaluation import TOKEN_BUDGETS
 from rome.models import EditableModel
-from rome.records import Request
+from rome.paths import CONFIGS
 from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-_CONFIGS = Path(__file__).parents[1] / "configs" / "models"
+_CONFIGS = CONFIGS / "models"
 
 _Model = Annotated[
     str,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from rome.deltas import Edit
+from rome.data.records import Record
 from rome.editors import Editor
+from rome.edits.deltas import Edit
 from rome.models import EditableModel
-from rome.records import Record
 from rome.scoring import generation, greedy, probabilities, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.scoring.probabilities import Extras

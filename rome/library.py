@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rome import prompts, second_moment
-from rome.deltas import Edit
+from rome import second_moment
+from rome.data.records import Request
 from rome.editors import EDITORS, Resources
+from rome.edits.deltas import Edit
 from rome.evaluation import TOKEN_BUDGETS
-from rome.models import EditableModel
-from rome.records import Request
+from rome.models import EditableModel, prompts
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import Solver

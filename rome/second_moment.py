@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rome import files, memory, prompts
-from rome.models import EditableModel
+from rome import files
+from rome.models import EditableModel, memory, prompts
 
 
 class UnsolvableError(ValueError):

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from rome import prompts
-from rome.models import EditableModel
+from rome.models import EditableModel, prompts
 from rome.settings import at_least
 
 Part = Literal["mlp", "attention"]
@@ -49,15 +48,6 @@ KINDS = {
     "mlp_severed": Kind("hidden", severs="mlp"),
     "attention_severed": Kind("hidden", severs="attention"),
 }
-
-ROLES = (
-    "first subject",
-    "middle subject",
-    "last subject",
-    "first subsequent",
-    "further",
-    "last",
-)
 
 
 @dataclass(frozen=True)
@@ -113,20 +103,6 @@ class Trace:
     corrupted: float | None = None
     restored: list[list[float] | None] | None = None
     """Per token, the probability by restored layer; None for a token that was not traced."""
-
-
-def roles(subject: range, tokens: int) -> list[list[str]]:
-    """The roles of each token of a prompt; like the released averages, a token may have several."""
-    first, last, after = subject.start, subject.stop - 1, subject.stop
-    members = {
-        "first subject": [first],
-        "middle subject": range(first + 1, last),
-        "last subject": [last],
-        "first subsequent": [after],
-        "further": range(after + 1, tokens - 1),
-        "last": [tokens - 1],
-    }
-    return [[role for role in ROLES if t in members[role]] for t in range(tokens)]
 
 
 @torch.inference_mode()

@@ -15,11 +15,12 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rome import facts, models, prompts
+from rome import models
+from rome.data import facts
+from rome.data.records import LIST_SIZES, Record
 from rome.editors.rome import RomeSettings
 from rome.editors.values import ValueSettings
-from rome.models import EditableModel
-from rome.records import LIST_SIZES, Record
+from rome.models import EditableModel, prompts
 from rome.scoring import generation, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver

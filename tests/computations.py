@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rome import second_moment, tracing
-from rome.deltas import dense
+from rome.data.records import Record, Request
 from rome.editors import Editor, Unedited, gradients, hypernetwork
 from rome.editors.fine_tuning import (
     AttentionSettings,
@@ -32,14 +32,14 @@ from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSet
 from rome.editors.memit import Memit, MemitSettings
 from rome.editors.mend import MendNetwork, MendSettings
 from rome.editors.rome import Rome, RomeSettings
+from rome.editors.training import Example, Trainer, TrainingSettings
 from rome.editors.values import ValueSettings
+from rome.edits.deltas import dense
+from rome.edits.sequences import Grouping, grouped
 from rome.evaluation import ScoringSettings, evaluate
-from rome.hypernetwork_training import Example, Trainer, TrainingSettings
 from rome.models import EditableModel
-from rome.records import Record, Request
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver
-from rome.sequences import Grouping, grouped
 from rome.tracing import KnownFact, TraceSettings
 
 FAMILIES = ("gpt2", "gptj", "llama", "mistral")

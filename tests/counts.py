@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from two_gpus import INDEXED, Placed, place, two_gpus, watched
 
-from rome.deltas import Edit
 from rome.editors.rome import Rome
+from rome.edits.deltas import Edit
 from rome.scoring import generation, greedy, probabilities
 
 aten = torch.ops.aten

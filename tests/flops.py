@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import oracle
 import reference
 
+from rome.data.records import Record
 from rome.models import EditableModel
-from rome.records import Record
 from rome.scoring.generation import GenerationSettings
 
 

@@ -25,9 +25,9 @@ from gpu_report import Report, Task
 from rounds import Clock, Round
 
 from rome import models
-from rome.deltas import dense
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
+from rome.edits.deltas import dense
 from rome.models import EditableModel
 from rome.scoring import generation, probabilities
 from rome.scoring.generation import GenerationSettings
@@ -136,7 +136,7 @@ def _halves(device: str, name: str, work: Callable[[bench.Bench], Any], report: 
     with Clock(done, torch.device(device)).stage("whole"):
         expected = work(made)
     peak = done.peak_bytes["whole"]
-    with _warnings_of("rome.memory") as said, little_memory(device, peak // 2):
+    with _warnings_of("rome.models.memory") as said, little_memory(device, peak // 2):
         found = work(made)
     apart = distance(found, expected)
     passed = bool(said) and apart <= ROUNDING

@@ -15,8 +15,8 @@ from bench import Bench
 from gpu_report import Report, Task
 from torch.profiler import ProfilerActivity, profile
 
-from rome.deltas import Edit
 from rome.editors.rome import Rome
+from rome.edits.deltas import Edit
 from rome.evaluation import TOKEN_BUDGETS
 from rome.scoring import generation, greedy, probabilities
 

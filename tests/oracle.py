@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rome.deltas import Edit, LowRankDelta
+from rome.data.records import Request
 from rome.editors.rome import RomeSettings
+from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel
-from rome.records import Request
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -11,9 +11,9 @@ import oracle
 import torch
 from torch import Tensor
 
+from rome.data.records import Request
 from rome.editors.fine_tuning import FineTuningSettings
 from rome.models import EditableModel
-from rome.records import Request
 
 
 @dataclass

@@ -14,10 +14,10 @@ import oracle
 import torch
 from torch import Tensor, nn
 
+from rome.data.records import Request
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork
 from rome.editors.mend import MendNetwork
 from rome.models import EditableModel
-from rome.records import Request
 
 
 def texts(model: EditableModel, request: Request) -> tuple[list[int], list[int]]:

@@ -10,9 +10,9 @@ import torch
 from oracle import first, prompt_and_target, tokens
 from torch import Tensor
 
+from rome.data.records import Request
 from rome.editors.knowledge_neurons import KnowledgeNeuronsSettings
 from rome.models import EditableModel
-from rome.records import Request
 
 
 def probabilities(

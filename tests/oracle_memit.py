@@ -19,9 +19,9 @@ from oracle import (
 )
 from torch import Tensor, nn
 
+from rome.data.records import Request
 from rome.editors.memit import MemitSettings
 from rome.models import EditableModel
-from rome.records import Request
 
 
 def run(

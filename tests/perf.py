@@ -40,8 +40,8 @@ from rounds import (
     run_oracle,
 )
 
-from rome.deltas import Edit
 from rome.editors.rome import Rome
+from rome.edits.deltas import Edit
 from rome.evaluation import TOKEN_BUDGETS
 
 

@@ -18,10 +18,9 @@ import oracle
 import torch
 from torch import Tensor, nn
 
-from rome import prompts
+from rome.data.records import Record, Request
 from rome.editors.rome import RomeSettings
-from rome.models import EditableModel
-from rome.records import Record, Request
+from rome.models import EditableModel, prompts
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
 

@@ -25,11 +25,11 @@ import reference
 import torch
 from bench import Bench
 
-from rome.deltas import Edit, dense
+from rome.data.results import OK, PROMPT_KINDS, RESULT_SCHEMA
 from rome.editors import Editor, Unedited, values
 from rome.editors.rome import Rome
+from rome.edits.deltas import Edit, dense
 from rome.evaluation import ScoringSettings, evaluate
-from rome.results import OK, PROMPT_KINDS, RESULT_SCHEMA
 from rome.scoring import generation, probabilities
 
 RECORD_STAGES = ("edit", "probabilities", "generation")

@@ -25,7 +25,7 @@ from chaos_nodes import Nodes, environment
 from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
-from rome.results import OK, RESULT_SCHEMA
+from rome.data.results import OK, RESULT_SCHEMA
 
 ROWS = 21_919
 DRIVER_BOUND = 0.5e-3

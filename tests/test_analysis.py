@@ -13,9 +13,10 @@ import tiny
 from tiny import TEMPLATES
 
 from cluster.store import Store
-from jobs import config as configs
-from jobs import prepare
-from jobs.evaluation import Evaluation, EvaluationTask, grid_of, group_of
+from jobs.inputs import record_stores
+from jobs.inputs.record_stores import grid_of
+from jobs.runs import config as configs
+from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text("utf-8")
 
@@ -27,7 +28,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.model("gpt2")
     model.hf.save_pretrained(folder / "model")
     model.tokenizer.save_pretrained(folder / "model")
-    prepare.prepare("everyday", str(folder / "everyday"), limit=12)
+    record_stores.prepare("everyday", str(folder / "everyday"), limit=12)
     (folder / "run.yaml").write_text(
         f"""
         name: tiny

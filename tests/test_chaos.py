@@ -13,8 +13,8 @@ from chaos_faults import FAULTS, Scene, Verdict, judge
 from chaos_nodes import Nodes, environment
 from chaos_task import Spec, write_records
 
-from jobs import config as configs
 from jobs.evaluate import evaluate
+from jobs.runs import config as configs
 
 CHAOS = Path(__file__).with_name("chaos.py")
 

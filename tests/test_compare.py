@@ -16,9 +16,9 @@ from test_reduce import result_rows, write_part
 from typer.testing import CliRunner, Result
 
 from jobs.compare import app
-from rome.comparison import compare, health
-from rome.results import ERROR, OK
-from rome.summary import METRICS
+from rome.analysis.comparison import compare, health
+from rome.analysis.summary import METRICS
+from rome.data.results import ERROR, OK
 
 SCORING = {"generation": {"seed": 0}}
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import config as configs
-from jobs.config import ConfigError, RunConfig
-from jobs.sources import benchmarks
+from jobs.inputs.sources import benchmarks
+from jobs.runs import config as configs
+from jobs.runs.config import ConfigError, RunConfig
 from rome.editors.rome import RomeSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"

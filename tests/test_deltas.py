@@ -9,9 +9,8 @@ from test_rome import close
 from tiny import REQUESTS
 from torch import Tensor
 
-from rome import prompts
-from rome.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
-from rome.models import EditableModel
+from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
+from rome.models import EditableModel, prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

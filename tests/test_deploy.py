@@ -29,9 +29,9 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.metrics import Counter, Histogram, Metric
 
 from cluster.metrics import Metrics
-from jobs import config as configs
-from jobs.config import RunConfig
-from jobs.prepare import prepare
+from jobs.inputs.record_stores import prepare
+from jobs.runs import config as configs
+from jobs.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"

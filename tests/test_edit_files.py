@@ -15,17 +15,19 @@ from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
 from cluster.store import Store
-from jobs import config as configs
-from jobs import prepare, stored_edits
-from jobs.config import ConfigError, RunConfig
 from jobs.evaluate import evaluate
-from jobs.evaluation import Evaluation, EvaluationTask, grid_of
-from rome import edit_files
-from rome.deltas import DenseDelta, Edit, LowRankDelta, applied
-from rome.edit_files import Origin
+from jobs.inputs import record_stores
+from jobs.inputs.record_stores import grid_of
+from jobs.runs import config as configs
+from jobs.runs.config import ConfigError, RunConfig
+from jobs.tasks import stored_edits
+from jobs.tasks.evaluation import Evaluation, EvaluationTask
+from rome.data.results import TOLD_KINDS
 from rome.editors import EDITORS, Resources
+from rome.edits import files as edit_files
+from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, applied
+from rome.edits.files import Origin
 from rome.models import EditableModel
-from rome.results import TOLD_KINDS
 from rome.second_moment import SecondMoment, Solver
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -150,7 +152,7 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
     if not (folder / "model").exists():
         model.hf.save_pretrained(folder / "model")
         model.tokenizer.save_pretrained(folder / "model")
-        prepare.prepare("everyday", str(folder / "everyday"), limit=5, shard_rows=4)
+        record_stores.prepare("everyday", str(folder / "everyday"), limit=5, shard_rows=4)
     path = folder / "run.yaml"
     path.write_text(
         f"""

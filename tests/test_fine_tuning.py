@@ -14,16 +14,16 @@ from oracle_fine_tuning import Outcome, fine_tune
 from test_rome import MAIN
 from tiny import REQUESTS
 
-from rome.deltas import DenseDelta, Edit, applied
+from rome.data.records import Request
 from rome.editors import EDITORS, Resources
 from rome.editors.fine_tuning import (
     AttentionSettings,
     FineTuning,
     FineTuningSettings,
 )
-from rome.families import FAMILIES
+from rome.edits.deltas import DenseDelta, Edit, applied
 from rome.models import EditableModel
-from rome.records import Request
+from rome.models.families import FAMILIES
 from rome.second_moment import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,11 @@ from computations import EXAMPLES, KE, ke_network
 from tiny import REQUESTS
 from torch import Tensor
 
-from rome.deltas import dense
 from rome.editors import EDITORS, Resources, gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, Origin
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork
-from rome.hypernetwork_training import Trainer, TrainingSettings
+from rome.editors.training import Trainer, TrainingSettings
+from rome.edits.deltas import dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

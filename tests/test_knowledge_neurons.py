@@ -14,11 +14,11 @@ from oracle import edited
 from tiny import REQUESTS
 from torch import Tensor
 
-from rome.deltas import Edit, LowRankDelta, applied
+from rome.data.records import Request
 from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
-from rome.families import FAMILIES
+from rome.edits.deltas import Edit, LowRankDelta, applied
 from rome.models import EditableModel
-from rome.records import Request
+from rome.models.families import FAMILIES
 
 BUDGET = 300  # All the requests do not fit into one batch.
 SETTINGS = KnowledgeNeuronsSettings(steps=5)

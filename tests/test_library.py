@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 import rome
 from rome import Request, applied, edit, generate, second_moment, written
 from rome.__main__ import app
-from rome.deltas import dense
 from rome.editors.values import ValueSettings
+from rome.edits.deltas import dense
 from rome.models import EditableModel
 from rome.second_moment import Origin, SecondMoment
 

@@ -13,12 +13,12 @@ from computations import BUDGET, ENDING, MEMIT, memit, moments
 from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
-from rome.deltas import Edit, LowRankDelta
 from rome.editors import JointEditor
 from rome.editors.memit import Memit, MemitSettings
 from rome.editors.values import ValueSettings
-from rome.families import FAMILIES, UnsupportedModelError
+from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel
+from rome.models.families import FAMILIES, UnsupportedModelError
 from rome.second_moment import Solver
 
 MAIN = ("gpt2", "gptj", "llama")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rome import memory
+from rome.models import memory
 
 LIMITED = """
 import resource, torch

@@ -10,10 +10,10 @@ from computations import mend_network
 from tiny import REQUESTS
 from torch import Tensor
 
-from rome.deltas import dense
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
+from rome.edits.deltas import dense
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

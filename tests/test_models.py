@@ -10,9 +10,9 @@ import torch
 from test_rome import close
 from transformers import AutoConfig
 
-from rome import families, models
-from rome.families import FAMILIES, UnsupportedModelError
-from rome.models import EditableModel
+from rome import models
+from rome.models import EditableModel, families
+from rome.models.families import FAMILIES, UnsupportedModelError
 
 
 @pytest.mark.parametrize(

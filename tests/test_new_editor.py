@@ -11,13 +11,12 @@ import torch
 import yaml
 from tiny import REQUESTS, TEMPLATES
 
-from jobs import config as configs
-from rome import prompts
-from rome.deltas import applied, dense
+from jobs.runs import config as configs
+from rome.data.records import Record, Request
 from rome.editors import EDITORS, Kind, Resources
+from rome.edits.deltas import applied, dense
 from rome.evaluation import ScoringSettings, evaluate
-from rome.models import EditableModel
-from rome.records import Record, Request
+from rome.models import EditableModel, prompts
 from rome.scoring.generation import GenerationSettings
 
 DOC = (Path(__file__).parents[1] / "docs" / "new-editor.md").read_text("utf-8")

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rome import second_moment
-from rome.deltas import Edit
+from rome.analysis.summary import summarize
+from rome.data.records import Record, Request
+from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import values
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import Value, ValueSettings
-from rome.records import Record, Request
-from rome.results import OK, RESULT_SCHEMA
+from rome.edits.deltas import Edit
 from rome.scoring.probabilities import score_records
 from rome.second_moment import Solver
-from rome.summary import summarize
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
 LAYER = 6

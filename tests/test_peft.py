@@ -13,8 +13,8 @@ from test_edit_files import made
 from tiny import REQUESTS
 from torch import Tensor
 
-from rome import peft_export
-from rome.deltas import Edit, LowRankDelta, applied
+from rome.edits import peft_export
+from rome.edits.deltas import Edit, LowRankDelta, applied
 from rome.models import EditableModel
 
 TEXTS = ["The mother tongue of Danielle Darrieux is", "Where is Rome? It is in"]

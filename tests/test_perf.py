@@ -19,7 +19,7 @@ import rounds
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rome.deltas import LowRankDelta
+from rome.edits.deltas import LowRankDelta
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {

@@ -15,11 +15,12 @@ from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
 from cluster.store import Store
-from jobs.prepare import app, describe, prepare
-from jobs.sources import ROOT
-from rome import facts
-from rome.facts import Relation
-from rome.records import Record, from_table
+from jobs.inputs.record_stores import describe, prepare
+from jobs.prepare import app
+from rome.data import facts
+from rome.data.facts import Relation
+from rome.data.records import Record, from_table
+from rome.paths import CONFIGS
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -303,7 +304,7 @@ def test_everyday_facts_are_complete(tmp_path: Path) -> None:
     assert (manifest["name"], manifest["skipped"]) == ("everyday", [])
     assert len(records) >= 250
     assert len({record.relation_id for record in records}) >= 12
-    table = facts.read_yaml((ROOT / "configs" / "facts" / "everyday.yaml").read_bytes())
+    table = facts.read_yaml((CONFIGS / "facts" / "everyday.yaml").read_bytes())
     relations = {relation.id: relation for relation in table.relations}
     for record in records:
         record.check()

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from rome import prompts
+from rome.models import prompts
 
 COUNTERFACT = Path(__file__).parents[2] / "shared" / "data" / "counterfact_1618.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rome.records import RECORD_SCHEMA, Record, from_table, to_table
+from rome.data.records import RECORD_SCHEMA, Record, from_table, to_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

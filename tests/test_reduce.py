@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from jobs.reduce import app, reduce
-from rome.results import ERROR, OK, RESULT_SCHEMA
-from rome.summary import METRICS, record_metrics
+from rome.analysis.summary import METRICS, record_metrics
+from rome.data.results import ERROR, OK, RESULT_SCHEMA
 
 
 def result_rows(count: int, run: str, skill: float) -> list[dict[str, Any]]:

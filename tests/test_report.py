@@ -18,10 +18,10 @@ from test_reduce import write_part
 from typer.testing import CliRunner, Result
 
 from cluster.store import Store
-from jobs import report_data
 from jobs.report import app
-from rome.records import Record, to_table
-from rome.results import ERROR, OK
+from rome.analysis import failures
+from rome.data.records import Record, to_table
+from rome.data.results import ERROR, OK
 
 __all__ = ["browser"]
 
@@ -153,9 +153,9 @@ def test_every_failure_by_its_definition() -> None:
         row("rome", 99, neighborhood_nll_true=[9.0] * 4, GE=0.0),  # No unedited row: not known.
     ]
     schema = dict.fromkeys(("ES", "PS", "NS", "GE", "efficacy", "paraphrase"), pl.Float64)
-    found = report_data.with_failures(pl.DataFrame(rows, schema_overrides=schema))
+    found = failures.with_failures(pl.DataFrame(rows, schema_overrides=schema))
     dead, unlearnt, f1, f2, broken = (
-        found.filter(pl.col(failure.name))["case_id"].to_list() for failure in report_data.FAILURES
+        found.filter(pl.col(failure.name))["case_id"].to_list() for failure in failures.FAILURES
     )
     assert (dead, unlearnt, f1, f2, broken) == ([7], [6, 9], [1, 8], [3, 5, 8], [6])
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 
-from rome.results import RESULT_SCHEMA
-from rome.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS, record_metrics, summarize
+from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS, record_metrics, summarize
+from rome.data.results import RESULT_SCHEMA
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-schema.md"
 RESULTS, SUMMARY = DOCUMENT.read_text("utf-8").split("## Summary rows")

@@ -15,11 +15,11 @@ from computations import BUDGET, CLAMPED, ENDING, LAST, STOPPING, correlated_mom
 from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
-from rome.deltas import Edit, LowRankDelta, applied, dense
+from rome.data.records import Request
 from rome.editors.rome import Rome, RomeSettings
-from rome.families import FAMILIES
+from rome.edits.deltas import Edit, LowRankDelta, applied, dense
 from rome.models import EditableModel
-from rome.records import Request
+from rome.models.families import FAMILIES
 from rome.second_moment import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,9 +12,9 @@ import tiny
 import torch
 from test_rome import MAIN, close, random_edits
 
-from rome.deltas import Edit, dense
+from rome.data.records import Record
+from rome.edits.deltas import Edit, dense
 from rome.models import EditableModel
-from rome.records import Record
 from rome.scoring import generation, greedy
 from rome.scoring.generation import GenerationSettings, Start
 from rome.scoring.greedy import Question

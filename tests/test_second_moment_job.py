@@ -15,13 +15,14 @@ import yaml
 from torch import Tensor
 
 from cluster.store import Store
-from jobs import config as configs
-from jobs import corpus as corpora
 from jobs import second_moment
-from jobs.config import CorpusConfig, RunConfig
-from jobs.corpus import Passages
-from rome.families import FAMILIES
+from jobs.inputs import corpus as corpora
+from jobs.inputs.corpus import Passages
+from jobs.runs import config as configs
+from jobs.runs.config import CorpusConfig, RunConfig
+from jobs.tasks import moments
 from rome.models import EditableModel
+from rome.models.families import FAMILIES
 from rome.second_moment import UnsolvableError, accumulate, load
 
 K = 40
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     model.tokenizer.save_pretrained(folder / "model")
     (folder / "passages.txt").write_text("\n\n".join(PASSAGES), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jobs.corpus._CHUNK_TOKENS", 600)
+        patch.setattr("jobs.inputs.corpus._CHUNK_TOKENS", 600)
         yield folder
 
 
@@ -139,7 +140,7 @@ def test_one_worker_that_was_interrupted_gives_the_same_bits(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(second_moment, "_merged", interrupt)
+        patch.setattr(second_moment, "merged", interrupt)
         with pytest.raises(KeyboardInterrupt):
             second_moment.ensure(config_of(folder, workers=1))
     first, *kept = sorted(workspace.rglob("part-*.parquet"))
@@ -148,13 +149,13 @@ def test_one_worker_that_was_interrupted_gives_the_same_bits(
     written = [part.stat().st_mtime_ns for part in kept]
 
     seen = []
-    merged = second_moment._merged
+    merged = moments.merged
 
     def look(*args: Any) -> Any:
         seen.append([part.stat().st_mtime_ns for part in kept])
         return merged(*args)
 
-    monkeypatch.setattr(second_moment, "_merged", look)
+    monkeypatch.setattr(second_moment, "merged", look)
     files = second_moment.ensure(config_of(folder, workers=1))
     assert seen == [written] * len(LAYERS)
     for layer, file in files.items():

@@ -17,16 +17,17 @@ from oracle import edited
 from tiny import REQUESTS, TEMPLATES
 
 from cluster.store import Store
-from jobs import config as configs
-from jobs.config import ConfigError
-from jobs.evaluation import Evaluation, EvaluationTask, grid_of
-from rome.deltas import DenseDelta, Edit, LowRankDelta, dense
+from jobs.inputs.record_stores import grid_of
+from jobs.runs import config as configs
+from jobs.runs.config import ConfigError
+from jobs.tasks.evaluation import Evaluation, EvaluationTask
+from rome.data.records import Request, to_table
 from rome.editors import Editor, Unedited
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
+from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, dense
+from rome.edits.sequences import Grouping, grouped
 from rome.models import EditableModel
-from rome.records import Request, to_table
-from rome.sequences import Grouping, grouped
 
 LAYER = 1
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)

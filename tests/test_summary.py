@@ -11,8 +11,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from rome.results import ERROR, OK, RESULT_SCHEMA
-from rome.summary import METRICS, record_metrics, summarize
+from rome.analysis.summary import METRICS, record_metrics, summarize
+from rome.data.results import ERROR, OK, RESULT_SCHEMA
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEN_RECORDS = DATA / "reference" / "ten_records.json"

@@ -14,7 +14,7 @@ import yaml
 from computations import FACTS, TRACING, taught
 
 from rome import tracing
-from rome.tracing import ROLES
+from rome.analysis.effects import ROLES
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,9 @@ from computations import FACTS, TRACING, taught
 from torch import Tensor, nn
 
 from rome import tracing
-from rome.families import FAMILIES
+from rome.analysis import effects
 from rome.models import EditableModel
+from rome.models.families import FAMILIES
 from rome.tracing import KINDS, KnownFact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,7 +185,7 @@ def test_embedding_std_is_over_the_subjects_tokens() -> None:
     ],
 )
 def test_roles(subject: range, tokens: int, expected: list[list[str]]) -> None:
-    assert tracing.roles(subject, tokens) == expected
+    assert effects.roles(subject, tokens) == expected
 
 
 def test_a_fact_whose_prompt_lacks_its_subject_is_refused() -> None:

@@ -14,9 +14,9 @@ import pytest
 import tiny
 import yaml
 
-from jobs.config import ConfigError
+from jobs.runs.config import ConfigError
+from jobs.tasks.training import trained
 from jobs.train import load
-from jobs.training import trained
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 5

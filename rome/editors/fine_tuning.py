@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rome import memory, prompts
-from rome.deltas import DenseDelta, Edit, total_norm
+from rome.data.records import Request
 from rome.editors.gradients import entering
-from rome.models import EditableModel
-from rome.prompts import Batch, Text
-from rome.records import Request
+from rome.edits.deltas import DenseDelta, Edit, total_norm
+from rome.models import EditableModel, memory, prompts
+from rome.models.prompts import Batch, Text
 
 
 @dataclass(frozen=True)

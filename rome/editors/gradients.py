@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rome import prompts
-from rome.models import EditableModel
-from rome.prompts import Text
+from rome.models import EditableModel, prompts
+from rome.models.prompts import Text
 
 
 def mlp_weights(model: EditableModel, layers: int) -> list[str]:

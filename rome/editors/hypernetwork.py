@@ -16,14 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from rome import memory
-from rome.deltas import Edit, total_norm
+from rome.data.records import Request
 from rome.editors import gradients
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
 from rome.editors.mend import MendNetwork, MendSettings
-from rome.models import EditableModel
-from rome.prompts import Text
-from rome.records import Request
+from rome.edits.deltas import Edit, total_norm
+from rome.models import EditableModel, memory
+from rome.models.prompts import Text
 
 Network = MendNetwork | KnowledgeEditorNetwork
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rome.deltas import LowRankDelta
 from rome.editors.gradients import Factors, Gradients
+from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
 
 

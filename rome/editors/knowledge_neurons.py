@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
-from rome import memory, prompts
-from rome.deltas import Edit, LowRankDelta, total_norm
-from rome.models import EditableModel
-from rome.records import Request
+from rome.data.records import Request
+from rome.edits.deltas import Edit, LowRankDelta, total_norm
+from rome.models import EditableModel, memory, prompts
 
 
 @dataclass(frozen=True)

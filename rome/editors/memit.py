@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rome import memory, prompts
-from rome.deltas import Edit, LowRankDelta, applied, total_norm, written
+from rome.data.records import Request
 from rome.editors import contexts, values
 from rome.editors.contexts import Contexts
 from rome.editors.values import Value, ValueSettings
-from rome.families import UnsupportedModelError
-from rome.models import EditableModel
-from rome.records import Request
+from rome.edits.deltas import Edit, LowRankDelta, applied, total_norm, written
+from rome.models import EditableModel, memory, prompts
+from rome.models.families import UnsupportedModelError
 from rome.second_moment import Solver
 
 

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rome.deltas import LowRankDelta
 from rome.editors.gradients import Gradients
+from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
 
 

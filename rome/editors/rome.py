@@ -12,13 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rome import memory
-from rome.deltas import Edit, LowRankDelta
+from rome.data.records import Request
 from rome.editors import contexts, values
 from rome.editors.contexts import Contexts, Position
 from rome.editors.values import ValueSettings
-from rome.models import EditableModel
-from rome.records import Request
+from rome.edits.deltas import Edit, LowRankDelta
+from rome.models import EditableModel, memory
 from rome.second_moment import Solver
 
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from rome import memory, prompts
-from rome.deltas import Edit, applied
-from rome.models import EditableModel
-from rome.records import Request
+from rome.data.records import Request
+from rome.edits.deltas import Edit, applied
+from rome.models import EditableModel, memory, prompts
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import DynamicCache
 
-from rome import memory, prompts
-from rome.deltas import Edit, applied
-from rome.models import EditableModel
-from rome.records import Record
+from rome.data.records import Record
+from rome.edits.deltas import Edit, applied
+from rome.models import EditableModel, memory, prompts
 from rome.scoring import generation
 
 MORE_TOKENS = 3

@@ -13,10 +13,9 @@ from statistics import fmean
 
 import torch
 
-from rome import memory, prompts
-from rome.deltas import Edit, applied
-from rome.models import EditableModel
-from rome.records import Record
+from rome.data.records import Record
+from rome.edits.deltas import Edit, applied
+from rome.models import EditableModel, memory, prompts
 from rome.scoring import trees
 from rome.scoring.trees import Tree
 

@@ -1,0 +1,209 @@
+"""A summary as the paper's Table 4 (COUNTERFACT) or Table 1 (zsRE): terminal, Markdown, LaTeX.
+
+Where the paper has a row for the benchmark and model, it stands below the measured one. A second
+table has the metrics that the paper does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import polars as pl
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+from rome.paths import CONFIGS
+
+_LABELS = {"none": "unedited"}
+_COUNTS = ("n", "dead")
+_CAPTION = (
+    "All x 100; ± is 1.96 std / sqrt(n) over records. "
+    "summary.parquet also has 95 % bootstrap intervals clustered by relation."
+)
+_EXTRA_CAPTION = (
+    " _strict: what is said greedily is the target; NS_plus: NS after the edited sentence; "
+    "RVS: the reversed fact is likelier with the new object."
+)
+# Without the sign of a zero.
+_VALUE = "{:z.1f}"
+_LATEX_ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+Row = dict[str, Any]
+
+
+class _Block(NamedTuple):
+    """One table: its metrics and the rows of the summary, or of the paper, in it."""
+
+    metrics: Sequence[str]
+    rows: list[Row]
+
+
+def terminal(frame: pl.DataFrame) -> Group:
+    """Half-widths stand below their values, so that a table fits 80 columns."""
+    names, blocks = _names(frame), _blocks(frame)
+    tables = []
+    for i, block in enumerate(blocks):
+        table = Table(box=SIMPLE_HEAD, padding=0)
+        table.title = None if i else _title(frame)
+        table.caption = _caption(blocks) if i == len(blocks) - 1 else None
+        for name in names:
+            table.add_column(name.capitalize())
+        for name in (*block.metrics, *_COUNTS):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in block.rows:
+            table.add_row(*_labels(row, names), *_numbers(row, block.metrics, "\n±{:.1f}"))
+        tables.append(table)
+    return Group(*tables)
+
+
+def markdown(frame: pl.DataFrame) -> str:
+    names, blocks = _names(frame), _blocks(frame)
+    text = [f"**{_title(frame)}**", ""]
+    for block in blocks:
+        header = [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
+        ruler = ["---"] * len(names) + ["---:"] * (len(header) - len(names))
+        rows = [
+            [
+                *(label.replace("|", "\\|") for label in _labels(row, names)),
+                *_numbers(row, block.metrics, " (± {:.1f})"),
+            ]
+            for row in block.rows
+        ]
+        text += [*(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)), ""]
+    text += [_caption(blocks), "", *(f"- {note}" for note in notes(frame))]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def latex(frame: pl.DataFrame) -> str:
+    """A `tabular` a table for the package booktabs, half-widths in brackets as in the paper."""
+    names, blocks = _names(frame), _blocks(frame)
+    text = [f"% {line}" for line in (_title(frame), _caption(blocks), *notes(frame))]
+    for block in blocks:
+        header = [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
+        rows = [
+            [
+                *(label.translate(_LATEX_ESCAPES) for label in _labels(row, names)),
+                *_numbers(row, block.metrics, " ({:.1f})"),
+            ]
+            for row in block.rows
+        ]
+        columns = "l" * len(names) + "r" * (len(header) - len(names))
+        text += [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            rf"{' & '.join(cell.translate(_LATEX_ESCAPES) for cell in header)} \\",
+            r"\midrule",
+            *(rf"{' & '.join(row)} \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    return "\n".join(text)
+
+
+def notes(frame: pl.DataFrame) -> list[str]:
+    """What a reader of the table has to know, one sentence an editor and matter."""
+    return list(
+        dict.fromkeys(
+            note
+            for metrics, rows in _measured(frame)
+            for row in rows
+            for note in _row_notes(row, [name for name in metrics if name != "S"])
+        )
+    )
+
+
+def _row_notes(row: Row, metrics: Sequence[str]) -> list[str]:
+    who, done = f"{row['run']}, {_label(row)}", row["n"] + row["dead"]
+    partial = [
+        f"{name} over {row[f'{name}_n']}" for name in metrics if 0 < row[f"{name}_n"] < row["n"]
+    ]
+    found = {
+        f"in progress, {done} of {row['records']} records": done < row["records"],
+        f"dead letters: {row['dead']}, not in the means": row["dead"],
+        f"duplicate rows dropped: {row['duplicates']}": row["duplicates"],
+        f"partial metrics: {', '.join(partial)} of {row['n']} records": partial,
+    }
+    return [f"{who}: {text}." for text, true in found.items() if true]
+
+
+def _measured(frame: pl.DataFrame) -> list[_Block]:
+    """The rows with the paper's metrics of their benchmark, then with the others that some have."""
+    rows = frame.to_dicts()
+    # An editor that has not begun has no metric: what its run is of, the others know.
+    known = {row["run"] for row in rows if row["ES"] is None and row["efficacy"] is not None}
+    zsre = [row for row in rows if row["run"] in known]
+    others = [row for row in rows if row["run"] not in known]
+    extra = [name for name in EXTRA_METRICS if any(row[name] is not None for row in rows)]
+    blocks = (_Block(METRICS, others), _Block(ZSRE_METRICS, zsre), _Block(extra, rows))
+    return [block for block in blocks if block.metrics and block.rows]
+
+
+def _blocks(frame: pl.DataFrame) -> list[_Block]:
+    return [
+        _Block(metrics, list(_with_published(metrics, rows))) for metrics, rows in _measured(frame)
+    ]
+
+
+def _with_published(metrics: Sequence[str], rows: Sequence[Row]) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        there = _published().get(row["benchmark"], {}).get(row["model"], {}).get(row["editor"], {})
+        if not there.keys().isdisjoint(metrics):
+            others = [*metrics, *(f"{name}_half_width" for name in metrics), *_COUNTS]
+            label = {"editor": f"{_label(row)}, published"}
+            yield row | dict.fromkeys(others) | there | label
+
+
+@cache
+def _published() -> dict[str, Any]:
+    """Benchmark -> model -> row of the table -> metric -> the paper's value."""
+    found: dict[str, Any] = yaml.safe_load((CONFIGS / "published.yaml").read_text("utf-8"))
+    return found
+
+
+def _caption(blocks: Sequence[_Block]) -> str:
+    extra = any(name in EXTRA_METRICS for block in blocks for name in block.metrics)
+    return _CAPTION + (_EXTRA_CAPTION if extra else "")
+
+
+def _names(frame: pl.DataFrame) -> list[str]:
+    """The columns that tell the rows apart: the editor, and what else differs."""
+    return [*(name for name in ("run", "benchmark", "model") if _differs(frame, name)), "editor"]
+
+
+def _title(frame: pl.DataFrame) -> str:
+    same = [name for name in ("run", "benchmark", "model") if not _differs(frame, name)]
+    return " · ".join(str(v) for name in same for v in frame[name].drop_nulls().unique())
+
+
+def _differs(frame: pl.DataFrame, name: str) -> bool:
+    return frame[name].drop_nulls().n_unique() > 1
+
+
+def _labels(row: Row, names: list[str]) -> list[str]:
+    return [_label(row) if name == "editor" else row[name] or "" for name in names]
+
+
+def _label(row: Row) -> str:
+    return _LABELS.get(row["editor"], str(row["editor"]))
+
+
+def _numbers(row: Row, metrics: Sequence[str], half_width: str) -> list[str]:
+    """The cells of the metrics and counts."""
+    cells = [_metric(row[name], row[f"{name}_half_width"], half_width) for name in metrics]
+    return cells + ["–" if row[name] is None else str(row[name]) for name in _COUNTS]
+
+
+def _metric(value: float | None, width: float | None, half_width: str) -> str:
+    if value is None:
+        return "–"
+    return _VALUE.format(value) + ("" if width is None else half_width.format(width))

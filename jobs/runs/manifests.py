@@ -1,0 +1,64 @@
+"""The manifest of a store: what its rows are of, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.store import Store
+
+MANIFEST = "manifest.json"
+_OF_A_RUN = ("name", "records", "editors")
+
+
+def read(
+    store: Store,
+    keys: Collection[str] = _OF_A_RUN,
+    way_out: str = "Give the directory that jobs.evaluate wrote to.",
+) -> dict[str, Any]:
+    """Raises ValueError with the way out where there is none, or it is not whole."""
+    try:
+        manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{store.uri} is not a run directory: it has no {MANIFEST}. {way_out}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{store.uri}/{MANIFEST} is damaged ({error}). {way_out}") from None
+    if not isinstance(manifest, dict) or (missing := set(keys) - manifest.keys()):
+        lacks = ", ".join(sorted(missing)) if isinstance(manifest, dict) else "everything"
+        raise ValueError(
+            f"{store.uri}/{MANIFEST} is damaged or of something else: it lacks {lacks}. {way_out}"
+        )
+    return manifest
+
+
+def benchmark(records: Store) -> dict[str, Any]:
+    """Which records these are, as the manifest of what is made of them says it."""
+    keys = ("name", "version", "fingerprint")
+    manifest = read(records, keys, "Prepare the records again with jobs.prepare.")
+    return {key: manifest[key] for key in keys}
+
+
+def write(store: Store, manifest: Mapping[str, Any]) -> None:
+    """Commit a run's manifest."""
+    store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+
+def unchanged(known: dict[str, str], what: str) -> str:
+    """A `file` whose content still has the `sha256` that the manifest says."""
+    if (now := file_sha256(known["file"])) != known["sha256"]:
+        raise ValueError(
+            f"{known['file']} must be the {what} that the run began with: its sha256 "
+            f"was {known['sha256'][:16]} and is {now[:16]}; restore it, or begin another run"
+        )
+    return known["file"]
+
+
+def file_sha256(file: str) -> str:
+    """sha256 of a file's content."""
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

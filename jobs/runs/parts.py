@@ -1,0 +1,70 @@
+"""The parts of a run: where they lie, and what all of them say together.
+
+A part lies in a hive path, `results/benchmark=/model=/editor=/`, whose values are quoted.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from urllib.parse import quote, unquote
+
+import polars as pl
+
+from cluster.store import Store
+
+PARTS = "results/"
+
+
+def hive_path(**values: str) -> str:
+    """The folder below `results/` of the parts with these values."""
+    return "/".join(f"{key}={quote(value, safe='')}" for key, value in values.items())
+
+
+def hive_values(path: str) -> dict[str, str]:
+    """What a hive path says."""
+    pairs = (name.split("=", 1) for name in path.split("/") if "=" in name)
+    return {key: unquote(value) for key, value in pairs}
+
+
+def collect(store: Store, of: Callable[[pl.LazyFrame], pl.DataFrame]) -> pl.DataFrame:
+    """`of` the result rows of a run with its hive columns, reading only what it needs.
+
+    Raises ValueError if there is none, or a part is not whole.
+    """
+    parts = store.list(PARTS, ".parquet")
+    if not parts:
+        raise ValueError(
+            f"{store.uri} has no results yet: no part in {PARTS}. "
+            "Run jobs.evaluate, or wait for its first part, and reduce again."
+        )
+    try:
+        return of(_scan(store, parts))
+    except (pl.exceptions.PolarsError, OSError):
+        for part in parts:
+            store.read_table(part)  # Names the damaged one.
+        raise
+
+
+def _scan(store: Store, parts: Sequence[str]) -> pl.LazyFrame:
+    folders = defaultdict(list)
+    for part in parts:
+        folders[posixpath.dirname(part)].append(store.address(part))
+    # Not polars' own hive columns: those also come from the folders above the run directory.
+    return pl.concat(
+        [
+            pl.scan_parquet(files, glob=False, hive_partitioning=False).with_columns(
+                **{key: pl.lit(value) for key, value in hive_values(folder).items()}
+            )
+            for folder, files in folders.items()
+        ]
+    )
+
+
+def write_table(store: Store, name: str, frame: pl.DataFrame) -> None:
+    """Commit a frame as Parquet."""
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    store.write_bytes(name, buffer.getvalue())

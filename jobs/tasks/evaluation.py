@@ -1,0 +1,209 @@
+"""What a worker of `jobs.evaluate` does with a lease: read, edit, score, revert."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.queue import Grid, Lease
+from cluster.store import Store
+from jobs.runs.config import RunConfig
+from jobs.runs.manifests import unchanged
+from jobs.runs.parts import hive_path, hive_values
+from jobs.tasks import stored_edits
+from jobs.tasks.loading import load_model
+from jobs.tasks.stored_edits import KeptEdits, StoredEdits
+from rome import second_moment
+from rome.analysis.summary import record_metrics
+from rome.data import records
+from rome.data.results import ERROR, OK, RESULT_SCHEMA
+from rome.editors import EDITORS, Editor, Resources, hypernetwork
+from rome.edits.deltas import Edit
+from rome.edits.files import Origin
+from rome.edits.sequences import grouped
+from rome.evaluation import TOKEN_BUDGETS, evaluate
+from rome.models import EditableModel, prompts
+from rome.scoring.generation import sample_context_texts
+from rome.scoring.text_metrics import ReferenceTexts
+from rome.second_moment import Solver
+
+
+def group_of(config: RunConfig, benchmark: str, editor: str) -> str:
+    """The hive path of an editor's parts."""
+    return hive_path(benchmark=benchmark, model=config.model.name, editor=editor)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that a worker must know, small enough to be sent to each."""
+
+    config: RunConfig
+    records: Store
+    grid: Grid
+    templates: tuple[str, ...]
+    second_moments: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Layer -> `file`, readable on every node, and its `sha256`."""
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Name of trained weights -> the same."""
+    reversed_prompts: dict[str, str] = field(default_factory=dict)
+    """Relation -> prompt, see `rome.scoring.probabilities.Extras`."""
+    keep: Store | None = None
+    """The run directory, where it keeps its edits."""
+
+    def row(self, case_id: int, **values: Any) -> dict[str, Any]:
+        return {"run": self.config.name, "case_id": case_id, "attempts": 1, **values}
+
+    def dead_row(self, lease: Lease, error: str, attempts: int) -> pa.Table:
+        """The row of a record that ended its workers."""
+        (case_id,) = self.grid.ids(lease)
+        return _table([self.row(case_id, status=ERROR, error=error, attempts=attempts)])
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
+    return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
+
+
+_Done = tuple[dict[str, Any], Edit]
+
+
+class EvaluationTask:
+    """A model pinned in a worker, its editors, and the weights' hash to come back to."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.model: EditableModel = load_model(evaluation.config.model)
+        self.fingerprint = self.model.fingerprint()
+        default = TOKEN_BUDGETS[self.model.device.type]
+        self.token_budget = evaluation.config.token_budget or default
+        self.solver = cache(self._solver)
+        # Leases follow each other in a shard.
+        self._shard = lru_cache(maxsize=1)(
+            lambda n: evaluation.records.read_table(f"shard-{n:05d}.parquet")
+        )
+        # The records of one group, leased one by one, are evaluated once.
+        self._evaluate_once = lru_cache(maxsize=1)(self._evaluate)
+        # Built now, so that what is missing ends the run at once instead of failing each record.
+        self.editors = {
+            name: self._editor(name)
+            for name in evaluation.config.editors
+            if not evaluation.config.takes_stored(name)
+        }
+        self._stored = cache(self._stored_edits)
+
+    def describe(self) -> dict[str, Any]:
+        return {"model_fingerprint": self.fingerprint}
+
+    def verify(self) -> None:
+        now = self.model.fingerprint()
+        if now != self.fingerprint:
+            raise RuntimeError(
+                "after each lease the weights must be what they were at the start: their hash was "
+                f"{self.fingerprint[:16]} and is {now[:16]}; an edit was not reverted exactly"
+            )
+
+    def run(self, lease: Lease) -> pa.Table:
+        evaluation = self.evaluation
+        name = hive_values(lease.group)["editor"]
+        size = evaluation.config.grouping(name).size
+        done = self._evaluate(lease) if size == 1 else self._grouped(lease, size)
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        if evaluation.keep and evaluation.config.kind(name) != "none":
+            model = evaluation.config.model.name
+            origin = Origin(editor=name, model=model, model_fingerprint=self.fingerprint)
+            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
+        return _table(
+            [
+                evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
+                for row, _ in done
+            ]
+        )
+
+    def _grouped(self, lease: Lease, size: int) -> list[_Done]:
+        """The rows of a lease from those of the groups that it is of.
+
+        After a failure a lease is a single record, whose group is edited again as a whole.
+        """
+        rows = []
+        for start in range(lease.start // size * size, lease.stop, size):
+            group = self._evaluate_once(replace(lease, start=start, stop=start + size, attempt=1))
+            rows += group[max(lease.start - start, 0) : lease.stop - start]
+        return rows
+
+    def _evaluate(self, lease: Lease) -> list[_Done]:
+        evaluation = self.evaluation
+        ids = evaluation.grid.ids(lease)
+        shard = self._shard(lease.shard)
+        chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
+        stored = evaluation.config.takes_stored(name := hive_values(lease.group)["editor"])
+        editor = self._stored(lease.group).of(ids) if stored else self.editors[name]
+        kept = KeptEdits(editor)
+        rows = evaluate(
+            self.model,
+            kept,
+            records.from_table(chosen),
+            evaluation.config.scoring,
+            self.references,
+            self.token_budget,
+            evaluation.reversed_prompts,
+        )
+        return list(zip(rows, kept.made, strict=True))
+
+    def _stored_edits(self, group: str) -> StoredEdits:
+        assert self.evaluation.config.edits is not None
+        run = Store(self.evaluation.config.edits)
+        return StoredEdits(run, group, self.model, self.fingerprint)
+
+    @cached_property
+    def references(self) -> ReferenceTexts | None:
+        store = self.evaluation.records
+        if not store.exists("reference_texts.parquet"):
+            return None
+        return ReferenceTexts(
+            store.read_table("reference_texts.parquet"), store.read_table("reference_tfidf.parquet")
+        )
+
+    def _solver(self, layer: int) -> Solver:
+        known = self.evaluation.second_moments[layer]
+        moment, _ = second_moment.load(unchanged(known, "second moment"))
+        return Solver(moment)
+
+    def _weights(self, name: str) -> Path:
+        return Path(unchanged(self.evaluation.weights[name], "trained network"))
+
+    def _editor(self, name: str) -> Editor:
+        kind, settings = self.evaluation.config.editor(name)
+        resources = Resources(
+            self.model,
+            self.evaluation.templates,
+            self.solver,
+            self.token_budget,
+            self._weights,
+        )
+        editor = EDITORS[kind].build(resources, settings)
+        return grouped(self.model, editor, self.evaluation.config.grouping(name))
+
+
+def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What only the model can say, once per run: its fingerprint and the context templates.
+
+    Raises ValueError where one of the files of trained weights is not for this model.
+    """
+    model = load_model(config.model)
+    for kind, settings in map(config.editor, config.editors):
+        if (name := EDITORS[kind].trained(settings)) and name in weights:
+            hypernetwork.origin_for(Path(weights[name]), model, kind)
+    chosen = config.templates
+    templates = chosen.texts or prompts.context_templates(
+        sample_context_texts(model, chosen.lengths, chosen.seed)
+    )
+    return {"model_fingerprint": model.fingerprint(), "context_templates": list(templates)}

@@ -1,0 +1,129 @@
+"""The edits of a run, kept beside its parts, and edits that come from there instead of an editor.
+
+`RUN_DIR/edits/<hive path>/part-....safetensors` holds the edits of the rows of the part of that
+name, in their order. It is committed before the part, so what has a part has its edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from cluster.queue import Lease
+from cluster.store import Store
+from jobs.runs import config as configs
+from jobs.runs import manifests
+from jobs.runs.config import ConfigError, RunConfig
+from rome.data.records import Request
+from rome.editors import Editor
+from rome.edits import files as edit_files
+from rome.edits.deltas import Edit
+from rome.edits.files import Origin
+from rome.models import EditableModel
+
+_EDITS, _RESULTS = "edits", "results"
+
+
+def keep(run: Store, lease: Lease, edits: Sequence[Edit], origin: Origin) -> None:
+    """Commit the edits of a lease's rows."""
+    run.write_bytes(_file_of(lease.part), edit_files.dumps(edits, origin))
+
+
+def _file_of(part: str) -> str:
+    return f"{_EDITS}/{part.removesuffix('.parquet')}.safetensors"
+
+
+class KeptEdits:
+    """An editor that remembers what it made last."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+        self.made: list[Edit] = []
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        self.made = self._editor.edit(requests)
+        return self.made
+
+
+class StoredEdits:
+    """The edits of one editor of a run that kept them.
+
+    Raises ValueError where it kept none.
+    """
+
+    def __init__(self, run: Store, group: str, model: EditableModel, fingerprint: str) -> None:
+        self._run, self._model, self._fingerprint = run, model, fingerprint
+        kept = set(run.list(f"{_EDITS}/{group}/", ".safetensors"))
+        self._places: dict[int, tuple[str, int]] = {}
+        for name in run.list(f"{_RESULTS}/{group}/", ".parquet"):
+            if (file := _file_of(name.removeprefix(f"{_RESULTS}/"))) in kept:
+                ids = run.read_table(name, ["case_id"])["case_id"].to_pylist()
+                self._places |= {case_id: (file, row) for row, case_id in enumerate(ids)}
+        if not self._places:
+            raise ValueError(
+                f"{run.uri} keeps no edits of {group}: make that run with keep_edits: true, in the "
+                "same benchmark"
+            )
+        # Leases follow each other in the parts.
+        self._read = lru_cache(maxsize=1)(self._load)
+
+    def of(self, case_ids: Sequence[int]) -> Editor:
+        """An editor for the requests of these records, which must be the ones that were edited."""
+        return _Looked(self, case_ids)
+
+    def find(self, case_id: int, request: Request) -> Edit:
+        """Raises ValueError where the record's edit is not there, or of another request."""
+        if case_id not in self._places:
+            raise ValueError(f"{self._run.uri} keeps no edit of case {case_id}")
+        file, row = self._places[case_id]
+        edit = self._read(file)[row]
+        if edit.request != request:
+            raise ValueError(
+                f"{self._run.uri} keeps for case {case_id} the edit of {edit.request}, but the "
+                f"record asks for {request}; use the records of that run"
+            )
+        return edit
+
+    def _load(self, file: str) -> list[Edit]:
+        data, where = self._run.read_bytes(file), f"{self._run.uri}/{file}"
+        return edit_files.loads(data, self._model, self._fingerprint, where)[0]
+
+
+@dataclass(frozen=True)
+class _Looked:
+    stored: StoredEdits
+    case_ids: Sequence[int]
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        found = zip(self.case_ids, requests, strict=True)
+        return [self.stored.find(case_id, request) for case_id, request in found]
+
+
+def check(config: RunConfig, manifest: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the edits that a run is to score are not of its model or editors."""
+    source = manifests.read(Store(str(config.edits)))
+    before, now = source["model_fingerprint"], manifest["model_fingerprint"]
+    if before != now:
+        raise ConfigError(
+            f"{config.edits} has edits of a model with the fingerprint {before[:16]}, but this "
+            f"run's is {now[:16]}: they fit only the weights that they were computed on"
+        )
+    there, here = source["config"], manifest["config"]
+    changed = []
+    for name in config.editors:
+        kind = config.kind(name)
+        changed += configs.difference(
+            there["model"]["editors"].get(kind),
+            here["model"]["editors"].get(kind),
+            f"model.editors.{kind}",
+        )
+        changed += configs.difference(
+            there["editors"].get(name), here["editors"][name], f"editors.{name}"
+        )
+    if changed:
+        raise ConfigError(
+            f"{config.edits} has edits of other editors or settings; take its config, or leave "
+            "--edits out:\n" + "\n".join(changed)
+        )

@@ -1,0 +1,1 @@
+"""What result rows say: metrics, tables, paired tests. Polars, no model."""

@@ -1,0 +1,69 @@
+"""The row that every (run, editor, case_id) leaves behind, as an Arrow schema.
+
+Probabilities are stored per prompt and per target as mean negative log-likelihoods over the
+target's tokens (natural log), so that every metric can be computed again without a model.
+`rome.analysis.summary` derives ES..NM from them.
+"""
+
+import pyarrow as pa
+
+PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
+# The neighborhood prompts after the edited sentence, and the subject after the reversed prompt with
+# either target: None unless the run's `scoring` asks for them.
+EXTRA_KINDS = ("neighborhood_plus", "reversed")
+# The kinds whose prompts one target answers.
+TOLD_KINDS = ("rewrite", "paraphrase", "neighborhood")
+
+OK = "ok"
+ERROR = "error"
+
+_nlls = [
+    pa.field(f"{kind}_nll_{target}", pa.list_(pa.float64()))
+    for kind in (*PROMPT_KINDS, *EXTRA_KINDS)
+    for target in ("new", "true")
+]
+
+RESULT_SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("case_id", pa.int64(), nullable=False),
+        pa.field("relation_id", pa.string()),
+        pa.field("subject", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("target_new", pa.string()),
+        # None in zsRE, whose neighborhood prompts have a target of their own.
+        pa.field("target_true", pa.string()),
+        pa.field("neighborhood_target", pa.string()),
+        # OK, or ERROR for a dead letter: then `error` says why and the numbers are null.
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),
+        *_nlls,
+        # Per prompt: the share of the target's tokens that are the likeliest under teacher forcing.
+        # Of target_new, but of the true target after neighborhood prompts; so is what is greedily
+        # said, up to a natural stop: see rome.scoring.greedy.
+        *(pa.field(f"{kind}_accuracy", pa.list_(pa.float64())) for kind in TOLD_KINDS),
+        *(pa.field(f"{kind}_greedy", pa.list_(pa.string())) for kind in TOLD_KINDS),
+        pa.field("texts", pa.list_(pa.string())),
+        # Bits; None where the record has no generation prompts.
+        pa.field("GE", pa.float64()),
+        # Cosine in [0, 1]; None where the store holds no reference texts for the target.
+        pa.field("RS", pa.float64()),
+        # Health of the edit; None where the editor has no such thing.
+        pa.field("edit_steps", pa.int32()),
+        pa.field("edit_loss", pa.float64()),
+        pa.field("edit_divisor", pa.float64()),
+        pa.field("edit_norm", pa.float64()),
+        pa.field("edit_key_norm", pa.float64()),
+        pa.field("edit_init_norm", pa.float64()),
+        pa.field("edit_delta_norm", pa.float64()),
+        pa.field("edit_clamp_hits", pa.int32()),
+        pa.field("edit_neurons", pa.int32()),
+        # Seconds: this record's share of its batch.
+        pa.field("seconds_edit", pa.float64()),
+        pa.field("seconds_probabilities", pa.float64()),
+        pa.field("seconds_greedy", pa.float64()),
+        pa.field("seconds_generation", pa.float64()),
+        pa.field("worker", pa.string()),
+    ]
+)

@@ -1,0 +1,1 @@
+"""What an edit does to a model, many edits of one model, and edits as files."""

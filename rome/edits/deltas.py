@@ -1,0 +1,184 @@
+"""What an edit does to a weight, and how a model runs with it.
+
+Legend: B rows, E edits, T tokens, K input size, D output size, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rome.data.records import Request
+from rome.models import EditableModel
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """W' = W + left right^T for a map x_K -> y_D: multiplied out only to be written."""
+
+    left_DR: Tensor
+    right_KR: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        gram = (self.left_DR.T @ self.left_DR) * (self.right_KR.T @ self.right_KR)
+        return float(gram.sum().clamp(min=0).sqrt())
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """W' = W + change for a map x_K -> y_D: [D, K] whatever the layout of the weight.
+
+    A bias is a map from K = 1, whose input is one.
+    """
+
+    change_DK: Tensor
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the change."""
+        return float(self.change_DK.norm())
+
+
+Delta = LowRankDelta | DenseDelta
+
+
+def total_norm(deltas: Mapping[str, Delta]) -> float:
+    """Frobenius norm of all changes together."""
+    return math.hypot(*(delta.norm for delta in deltas.values()))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A request and the change that an editor made for it.
+
+    `deltas` maps weight names (as in the state dict) to changes; an edit with none leaves the model
+    as it is. `health` holds the numbers named `edit_*` in the result row, without that prefix.
+    """
+
+    request: Request
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    health: Mapping[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def applied(model: EditableModel, edits: Sequence[Edit]) -> Iterator[None]:
+    """Run every forward pass of the block with row b edited by `edits[b]`.
+
+    Each forward pass must have exactly `len(edits)` rows. No weight is written: a row runs as
+    y = W x + left (right^T x) or y = W x + change x, so leaving the block leaves nothing behind.
+    """
+    with ExitStack() as stack:
+        for name in sorted({name for edit in edits for name in edit.deltas}):
+            owner, _, kind = name.rpartition(".")
+            device = model.hf.get_parameter(name).device
+            deltas = [edit.deltas.get(name) for edit in edits]
+            low_rank = [delta if isinstance(delta, LowRankDelta) else None for delta in deltas]
+            dense = [delta if isinstance(delta, DenseDelta) else None for delta in deltas]
+            hooks = []
+            if any(low_rank):
+                hooks.append(_low_rank_hook(low_rank, device))
+            if any(dense):
+                hooks.append(_dense_hook(dense, device, bias=kind == "bias"))
+            for hook in hooks:
+                module = model.hf.get_submodule(owner)
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def written(model: EditableModel, edit: Edit) -> Iterator[None]:
+    """Run the block with an edit's deltas added to the weights in place.
+
+    Computes what `applied` does for one row, at any number of rows; blocks may nest. On leaving,
+    the weights hold the very bits that they held before.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, delta in edit.deltas.items():
+            weight = model.hf.get_parameter(name).detach()
+            saved.append((weight, weight.clone()))
+            change = dense(delta).T if model.family.transposed else dense(delta)
+            wide = torch.promote_types(weight.dtype, change.dtype)
+            weight.copy_(weight.to(wide) + change.reshape(weight.shape).to(weight.device, wide))
+        yield
+    finally:
+        for weight, before in reversed(saved):
+            weight.copy_(before)
+
+
+def dense(delta: Delta) -> Tensor:
+    """The change of the weight [D, K], multiplied out, in float32 or wider."""
+    if isinstance(delta, DenseDelta):
+        return delta.change_DK.to(_wide(delta.change_DK))
+    dtype = _wide(delta.left_DR)
+    return delta.left_DR.to(dtype) @ delta.right_KR.to(dtype).T
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+_Hook = Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def _low_rank_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
+    some = next(delta for delta in deltas if delta is not None)
+    rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
+    dtype = _wide(some.left_DR)
+    # Rows of the same edit share one copy of its factors.
+    unique = {id(delta): delta for delta in deltas}
+    left_EDR = some.left_DR.new_zeros(len(unique), some.left_DR.shape[0], rank, dtype=dtype)
+    right_EKR = some.right_KR.new_zeros(len(unique), some.right_KR.shape[0], rank, dtype=dtype)
+    for e, delta in enumerate(unique.values()):
+        if delta is not None:
+            left_EDR[e, :, : delta.left_DR.shape[1]] = delta.left_DR
+            right_EKR[e, :, : delta.right_KR.shape[1]] = delta.right_KR
+    place = {key: e for e, key in enumerate(unique)}
+    edit_B = [place[id(delta)] for delta in deltas]
+    left_BDR, right_BKR = left_EDR[edit_B].to(device), right_EKR[edit_B].to(device)
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+        x_BTK = args[0]
+        _check_rows(x_BTK, deltas)
+        change_BTD = torch.bmm(torch.bmm(x_BTK.to(dtype), right_BKR), left_BDR.mT)
+        return (y_BTD + change_BTD).to(y_BTD.dtype)
+
+    return hook
+
+
+def _dense_hook(deltas: Sequence[DenseDelta | None], device: torch.device, bias: bool) -> _Hook:
+    rows: dict[int, list[int]] = {}
+    for b, delta in enumerate(deltas):
+        rows.setdefault(id(delta), []).append(b)
+    unique = {id(delta): delta for delta in deltas if delta is not None}
+    groups = [
+        (torch.tensor(rows[key], device=device), dense(delta).to(device))
+        for key, delta in unique.items()
+    ]
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+        _check_rows(y_BTD, deltas)
+        x_BTK = y_BTD.new_ones(*y_BTD.shape[:2], 1) if bias else args[0]
+        edited_BTD = y_BTD.clone()
+        # One matmul per distinct edit, over its rows alone.
+        for rows_b, change_DK in groups:
+            change_bTD = x_BTK[rows_b].to(change_DK.dtype) @ change_DK.T
+            edited_BTD[rows_b] = (y_BTD[rows_b] + change_bTD).to(y_BTD.dtype)
+        return edited_BTD
+
+    return hook
+
+
+def _check_rows(x_BTK: Tensor, deltas: Sequence[object]) -> None:
+    if len(x_BTK) != len(deltas):
+        raise ValueError(
+            f"a forward pass under `applied` must have one row per edit: "
+            f"{len(deltas)} edits, {len(x_BTK)} rows"
+        )

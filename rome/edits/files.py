@@ -1,0 +1,149 @@
+"""Edits as files: safetensors of their changes, and in the metadata what they are.
+
+A low-rank change of a weight is two tensors, `WEIGHT/NUMBER/left` [D, R] and `WEIGHT/NUMBER/right`
+[K, R]; a dense one is `WEIGHT/NUMBER/change` [D, K]. The metadata hold, as JSON, the origin and for
+each edit its request, its health and the number of its change of each weight: a change that several
+edits share is there once.
+
+Legend: K input size, D output size, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rome import files
+from rome.data.records import Request
+from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta
+from rome.models import EditableModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Who made the edits of a file, and for which weights."""
+
+    editor: str
+    model: str
+    model_fingerprint: str
+
+
+def save(path: str | os.PathLike[str], edit: Edit, model: EditableModel, editor: str) -> None:
+    """Write one edit of a model, whole or not at all. `editor`: the name of who made it."""
+    origin = Origin(editor=editor, model=model.name, model_fingerprint=model.fingerprint())
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(dumps([edit], origin))
+
+
+def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, Origin]:
+    """The edit that `save` wrote. Raises ValueError as `loads` does."""
+    edits, origin = loads(Path(path).read_bytes(), model, model.fingerprint(), os.fspath(path))
+    if len(edits) != 1:
+        raise ValueError(f"{os.fspath(path)} must hold one edit, got {len(edits)}; use `loads`")
+    return edits[0], origin
+
+
+def dumps(edits: Sequence[Edit], origin: Origin) -> bytes:
+    """Edits of one model as the content of a file."""
+    numbers: dict[tuple[str, int], int] = {}
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for edit in edits:
+        chosen = {}
+        for name, delta in edit.deltas.items():
+            chosen[name] = numbers.setdefault((name, id(delta)), len(numbers))
+            for part, tensor in _parts(delta).items():
+                # A copy, since safetensors takes no views of one memory.
+                tensors[f"{name}/{chosen[name]}/{part}"] = (
+                    tensor.detach().cpu().clone().contiguous()
+                )
+        request, health = asdict(edit.request), dict(edit.health)
+        described.append({"request": request, "health": health, "deltas": chosen})
+    metadata = {"origin": json.dumps(asdict(origin)), "edits": json.dumps(described)}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def loads(
+    data: bytes, model: EditableModel, fingerprint: str, where: str
+) -> tuple[list[Edit], Origin]:
+    """The edits that `dumps` wrote, for the model with this `fingerprint`, and who made them.
+
+    `where`: what errors call the file. Raises ValueError where it is damaged or holds no edits,
+    and where they were made for other weights, or for weights of other names or shapes.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = _metadata(data)
+        origin = Origin(**json.loads(metadata["origin"]))
+        described = json.loads(metadata["edits"])
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{where} is damaged or no file of edits ({error!r}); make the edit again"
+        ) from error
+    if origin.model_fingerprint != fingerprint:
+        raise ValueError(
+            f"{where} is of {origin.model} with the weights {origin.model_fingerprint[:16]}, but "
+            f"{model.name} has the weights {fingerprint[:16]}; load the model that was edited, in "
+            "the dtype that it had, or make the edit again"
+        )
+    deltas = {
+        (name, number): _delta(tensors, f"{name}/{number}")
+        for one in described
+        for name, number in one["deltas"].items()
+    }
+    for (name, _), delta in deltas.items():
+        _check_shape(name, delta, model, where)
+    edits = [
+        Edit(
+            Request(**one["request"]),
+            {name: deltas[name, number] for name, number in one["deltas"].items()},
+            one["health"],
+        )
+        for one in described
+    ]
+    return edits, origin
+
+
+def _parts(delta: Delta) -> dict[str, Tensor]:
+    if isinstance(delta, LowRankDelta):
+        return {"left": delta.left_DR, "right": delta.right_KR}
+    return {"change": delta.change_DK}
+
+
+def _delta(tensors: Mapping[str, Tensor], prefix: str) -> Delta:
+    if f"{prefix}/change" in tensors:
+        return DenseDelta(tensors[f"{prefix}/change"])
+    return LowRankDelta(tensors[f"{prefix}/left"], tensors[f"{prefix}/right"])
+
+
+def _check_shape(name: str, delta: Delta, model: EditableModel, where: str) -> None:
+    try:
+        expected = [*model.sizes(name)]
+    except AttributeError:
+        raise ValueError(
+            f"{where} changes the weight '{name}', which {model.name} has not"
+        ) from None
+    if isinstance(delta, LowRankDelta):
+        changed = [len(delta.left_DR), len(delta.right_KR)]
+    else:
+        changed = [*delta.change_DK.shape]
+    if changed != expected:
+        raise ValueError(
+            f"{where} changes '{name}' by [D, K] = {changed}, but in {model.name} it is {expected}"
+        )
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    """`__metadata__` of a safetensors file, which its library reads from paths only: eight bytes
+    say how long the JSON header is that follows."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata

@@ -1,0 +1,6 @@
+"""An editable model, its tokens, and what fits into memory."""
+
+from rome.models.editable import DTYPES, EditableModel, checksum, load, outline
+from rome.models.families import UnsupportedModelError
+
+__all__ = ["DTYPES", "EditableModel", "UnsupportedModelError", "checksum", "load", "outline"]

@@ -1,0 +1,296 @@
+"""An editable model: a dense decoder, its tokenizer, and where its facts live.
+
+Legend: B rows, T tokens, D hidden size, K key size (input of the down-projection), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from rome.models import attention
+from rome.models.families import UnsupportedModelError, family_of
+from rome.models.files import transformers_path
+from rome.models.prompts import Encoded, Text, encode, target_start, with_target
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class EditableModel:
+    """A causal language model whose layers' MLP down-projections can be read and edited.
+
+    Weights never require gradients; editors differentiate with respect to what they add.
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.family = family_of(hf.config)
+        if not tokenizer.is_fast:
+            raise UnsupportedModelError(
+                f"{name}: the tokenizer must be a fast one (subjects are found by character "
+                f"offsets), got {type(tokenizer).__name__}; convert it with transformers"
+            )
+        self.hf = hf.eval().requires_grad_(False)
+        self.base.register_forward_hook(self._come_home)
+        self.base.register_forward_pre_hook(self._without_cudnn)
+        self.base.register_forward_hook(self._with_cudnn_as_before, always_call=True)
+        if hf.device.type == "cpu" and hf._supports_attention_backend:
+            hf.set_attn_implementation(attention.NAME)
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter, the last hidden states and logits come out, and edits are made.
+
+        A layer may lie on another, and what it is given goes there.
+        """
+        return self.hf.get_input_embeddings().weight.device
+
+    def _come_home(self, base: nn.Module, args: Any, output: Any) -> None:
+        output.last_hidden_state = output.last_hidden_state.to(self.device)
+
+    def _without_cudnn(self, base: nn.Module, args: Any) -> None:
+        # cuDNN's attention builds a plan for each new shape, and here nearly every pass has one:
+        # on an H200 that was 35 to 46 % of the host's time. Passes do not nest.
+        self._cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def _with_cudnn_as_before(self, base: nn.Module, args: Any, output: Any) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(self._cudnn_before)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The decoder without its language-model head."""
+        return self.hf.get_submodule(self.family.base)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.base.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def module_name(self, layer: int, path: str) -> str:
+        """Name in the model of the module at `path` in `layer`, counted from 0.
+
+        Raises ValueError for a layer that is not there.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(
+                f"{self.name}: layer must be from 0 to {len(self.layers) - 1}, got {layer}"
+            )
+        return f"{self.family.base}.{self.family.layers}.{layer}.{path}"
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module K -> D that stores the associations of `layer`, counted from 0."""
+        return self.hf.get_submodule(self.module_name(layer, self.family.down_projection))
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the down-projection's weight in the model's state dict."""
+        return f"{self.module_name(layer, self.family.down_projection)}.weight"
+
+    def sizes(self, weight: str) -> tuple[int, int]:
+        """Output and input size (D, K) of a weight by name, whatever its layout; of a bias (D, 1).
+
+        Raises AttributeError where there is no such weight.
+        """
+        shape = self.hf.get_parameter(weight).shape
+        if len(shape) == 1:
+            return shape[0], 1
+        first, second = shape
+        return (second, first) if self.family.transposed else (first, second)
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
+        logits = self.hf.get_output_embeddings()(hidden_BD).to(self.device)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @cached_property
+    def start_ids(self) -> list[int]:
+        """The one-token text from which free text is sampled: `<|endoftext|>`, else BOS or EOS."""
+        tokenizer = self.tokenizer
+        found = tokenizer.get_vocab().get("<|endoftext|>")
+        for token_id in (found, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            if token_id is not None:
+                return [token_id]
+        raise ValueError(f"{self.name}: the tokenizer has neither <|endoftext|>, BOS nor EOS")
+
+    def fingerprint(self, rounded: torch.dtype | None = None) -> str:
+        """Hash of all weights: equal if and only if (but for chance) every bit is equal.
+
+        `rounded`: of the weights as this dtype has them: bfloat16 gives a model in float32 and
+        the same one in bfloat16 one hash.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.hf.named_parameters():
+            weight = parameter if rounded is None else parameter.to(rounded)
+            line = f"{name} {weight.dtype} {tuple(weight.shape)} {checksum(weight)}\n"
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokens of whole texts. Raises ValueError for one with more than the model's positions."""
+        encoded = encode(self.tokenizer, texts)
+        limit = self.hf.config.max_position_embeddings
+        for text, row in zip(texts, encoded, strict=True):
+            if len(row.ids) > limit:
+                raise ValueError(
+                    f"a text must fit into {self.name}'s {limit} positions, got {len(row.ids)} "
+                    f"tokens: '{text[:60]}...'; shorten it or leave its record out"
+                )
+        return encoded
+
+    def encode_targets(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+        """The tokens in which each (prompt, target) is scored.
+
+        Raises ValueError as `encode` does, and where no token comes before the target.
+        """
+        encoded = self.encode([with_target(*pair) for pair in pairs])
+        texts = []
+        for (prompt, _), row in zip(pairs, encoded, strict=True):
+            start = target_start(row, prompt)
+            if start == 0:
+                raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")
+            texts.append(Text(row.ids, start))
+        return texts
+
+    def attention_mask(self, sees_BTT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """What `base` takes to let token `i` see `j` where `sees_BTT[b, i, j]`, a bool, says so.
+
+        A model's sliding window is counted in positions.
+        """
+        config = self.hf.config
+
+        def additive(allowed_BTT: Tensor) -> Tensor:
+            mask_BTT = torch.zeros(allowed_BTT.shape, dtype=self.dtype)
+            mask_BTT.masked_fill_(~allowed_BTT, torch.finfo(self.dtype).min)
+            return mask_BTT[:, None].to(self.device)
+
+        if (window := getattr(config, "sliding_window", None)) is None:
+            return additive(sees_BTT)
+        near_BTT = positions_BT[:, :, None] - positions_BT[:, None] < window
+        windowed = additive(sees_BTT & near_BTT)
+        if not hasattr(config, "layer_types"):  # The window is that of all layers.
+            return windowed
+        return {"full_attention": additive(sees_BTT), "sliding_attention": windowed}
+
+    def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
+        """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.
+
+        Token ids must still be given (their values do not matter): they carry the shape. With
+        `start` 0 the embeddings enter as always and nothing may be injected.
+        """
+        if (start == 0) != (injected_BTD is None):
+            raise ValueError(f"hidden states enter layer {start} only from a layer before it")
+        head = [_Entry(injected_BTD, layer) for layer in self.layers[:start]]
+        return self._with_layers(nn.ModuleList([*head, *self.layers[start:]]))
+
+    def up_to(self, layer: int) -> nn.Module:
+        """The decoder without the layers after `layer`; what it answers is of use to nobody but
+        hooks, since the final norm follows a layer that it was not made for."""
+        return self._with_layers(self.layers[: layer + 1])
+
+    def _with_layers(self, layers: nn.ModuleList) -> nn.Module:
+        base = copy.copy(self.base)
+        # Where accelerate moves a module's inputs, its `forward` is one bound to the original.
+        base.__dict__.pop("forward", None)
+        base._modules = dict(base._modules)
+        base._modules[self.family.layers] = layers
+        return base
+
+
+class _Entry(nn.Module):
+    """Stands for a skipped layer and answers with the hidden states that enter the next one."""
+
+    def __init__(self, hidden_BTD: Tensor | None, replaced: nn.Module) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+        # Some families choose the attention mask by this attribute of the layer.
+        self.attention_type = getattr(replaced, "attention_type", "full_attention")
+        self.returns_tuple = type(replaced).__name__ in _TUPLE_BLOCKS
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden_BTD, None) if self.returns_tuple else self.hidden_BTD
+
+
+# Blocks that answer (hidden states, attention weights) instead of hidden states alone.
+_TUPLE_BLOCKS = {"GPTJBlock"}
+
+
+def checksum(tensor: Tensor) -> int:
+    """A 64-bit checksum of a tensor's bits which sees every change of a bit or of an order."""
+    # At most 32 bits a number: the low bits of wider ones would be alike, and changes would cancel.
+    bits = {1: torch.uint8, 2: torch.int16}
+    flat = tensor.detach().contiguous().view(-1).view(bits.get(tensor.element_size(), torch.int32))
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), _CHECKSUM_CHUNK):
+        chunk = flat[start : start + _CHECKSUM_CHUNK].to(torch.int64)
+        place = torch.arange(start, start + chunk.numel(), device=flat.device)
+        # Odd weights are invertible modulo 2^64, so no single change can cancel.
+        total += (chunk * (place * 0x5851F42D4C957F2D | 1)).sum()
+    return int(total)
+
+
+_CHECKSUM_CHUNK = 1 << 22
+
+
+def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) -> EditableModel:
+    """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
+
+    `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
+    installed package). `dtype`: one of DTYPES, never chosen by the checkpoint; `tf32` is float32
+    whose products a GPU may round to ten bits, in this process until the next model is loaded.
+    `device`: as torch names it, or `auto`: layer by layer over all GPUs that this process sees.
+    Weights are memory-mapped from safetensors, so workers on one node share their pages.
+    Raises UnsupportedModelError, or ValueError for an unknown dtype, a missing file, or a model
+    that does not fit into the GPUs.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    path = transformers_path(source)
+    hf: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[dtype],
+        trust_remote_code=False,
+        use_safetensors=True,
+        device_map="auto" if device == "auto" else None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if device != "auto":
+        hf.to(torch.device(device))
+    elif {parameter.device.type for parameter in hf.parameters()} != {"cuda"}:
+        raise ValueError(
+            f"{name or source} must fit into the GPUs of its worker, but "
+            f"{torch.cuda.device_count()} cannot hold all of it in {dtype}; give each worker more "
+            "GPUs, or choose bfloat16"
+        )
+    return EditableModel(hf, tokenizer, name or source)
+
+
+def outline(source: str, name: str | None = None) -> EditableModel:
+    """A model of which only shapes, names and the tokenizer are real: its weights take no memory.
+
+    For a driver on a small machine. Raises as `load` does.
+    """
+    path = transformers_path(source)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return EditableModel(hf, AutoTokenizer.from_pretrained(path), name or source)
