@@ -36,7 +36,7 @@ def test_importing_costs_nothing_and_needs_little() -> None:
         assert "torch" not in sys.modules
         for name in rome.__all__:
             getattr(rome, name)
-        from rome import edit_files, peft_export
+        from rome.edits import files, peft_export
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
     with pytest.raises(AttributeError, match="no attribute 'edits'"):

@@ -13,7 +13,7 @@ from rome.models import memory
 
 LIMITED = """
 import resource, torch
-from rome import memory
+from rome.models import memory
 
 torch.zeros(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
