@@ -39,8 +39,8 @@ def test_importing_costs_nothing_and_needs_little() -> None:
         from rome.edits import files, peft_export
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-    with pytest.raises(AttributeError, match="no attribute 'edits'"):
-        rome.edits  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'edited'"):
+        rome.edited  # noqa: B018
 
 
 def test_the_five_lines_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
