@@ -21,11 +21,12 @@ from jobs.evaluate import evaluate
 from jobs.output import figures
 from jobs.reduce import reduce
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError, RunConfig
+from jobs.runs.config import RunConfig
 from jobs.runs.parts import write_table
 from rome import models
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings
+from rome.options import ConfigError
 
 SWEEP = "sweep.parquet"
 _ROME = "rome"

@@ -29,7 +29,7 @@ from jobs.runs.manifests import MANIFEST
 from jobs.runs.parts import PARTS, hive_path, hive_values, write_table
 from jobs.tasks.loading import load_model
 from jobs.tasks.tracing import TraceConfig, Tracing, TracingTask
-from rome import tracing
+from rome import options, tracing
 from rome.analysis.effects import averages, effects, suggested_layer
 from rome.tracing import KnownFact
 
@@ -179,7 +179,7 @@ def main(
 ) -> None:
     """Trace known facts and draw where they are recalled; the same line resumes."""
     with cli.errors(*FAILURES):
-        chosen = configs.validate(
+        chosen = options.validate(
             TraceConfig, configs.filled(config, overrides or []), f"{config}: "
         )
         out = out or str(configs.workspace() / "traces" / chosen.name)

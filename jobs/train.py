@@ -25,15 +25,17 @@ from jobs.inputs.record_stores import record_store
 from jobs.output import figures
 from jobs.runs import config as configs
 from jobs.runs import manifests
-from jobs.runs.config import ConfigError, CorpusConfig
+from jobs.runs.config import CorpusConfig
 from jobs.runs.manifests import MANIFEST
 from jobs.tasks.training import TrainConfig, best, finished, folder, read_curve, train
+from rome import options
+from rome.options import ConfigError
 
 
 def load(path: str, overrides: list[str]) -> TrainConfig:
     """A training's config from its file and `key=value` overrides. Raises ConfigError."""
     data = configs.filled(path, overrides)
-    config: TrainConfig = configs.validate(TrainConfig, data, f"{path}: ")
+    config: TrainConfig = options.validate(TrainConfig, data, f"{path}: ")
     _ = config.network_settings
     if (config.data.benchmark is None) == (config.data.corpus is None):
         raise ConfigError(f"{path}: data must name either a benchmark or a corpus")

@@ -15,11 +15,10 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from rome import library, models
+from rome import library, models, options
 from rome.data.records import Request
 from rome.editors import EDITORS
 from rome.edits import files as edit_files
@@ -129,21 +128,8 @@ def _settings(editor: str, configured: dict[str, Any], overrides: Sequence[str])
     """Fields of an editor's settings. Raises ValueError, naming a key that it has not."""
     if editor not in EDITORS:
         raise ValueError(f"editor must be one of {', '.join(EDITORS)}, got '{editor}'")
-    given: dict[str, Any] = {**configured}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"--set takes key=value, got '{override}'")
-        *folders, name = key.split(".")
-        inner = given
-        for folder in folders:
-            inner[folder] = inner = {**inner.get(folder, {})}
-        inner[name] = yaml.safe_load(value)
-    try:
-        return {**vars(TypeAdapter(EDITORS[editor].settings).validate_python(given))}
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{editor}: {'; '.join(problems)}") from None
+    given = options.overridden(configured, overrides)
+    return {**vars(options.validate(EDITORS[editor].settings, given, f"{editor}: "))}
 
 
 def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:

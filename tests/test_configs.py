@@ -11,8 +11,9 @@ import yaml
 
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError, RunConfig
+from jobs.runs.config import RunConfig
 from rome.editors.rome import RomeSettings
+from rome.options import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))

@@ -19,7 +19,7 @@ from jobs.evaluate import evaluate
 from jobs.inputs import record_stores
 from jobs.inputs.record_stores import grid_of
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError, RunConfig
+from jobs.runs.config import RunConfig
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
 from rome.data.results import TOLD_KINDS
@@ -28,6 +28,7 @@ from rome.edits import files as edit_files
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, applied
 from rome.edits.files import Origin
 from rome.models import EditableModel
+from rome.options import ConfigError
 from rome.second_moment import SecondMoment, Solver
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,6 @@ from tiny import REQUESTS, TEMPLATES
 from cluster.store import Store
 from jobs.inputs.record_stores import grid_of
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
 from rome.data.records import Request, to_table
 from rome.editors import Editor, Unedited
@@ -28,6 +27,7 @@ from rome.editors.values import ValueSettings
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, dense
 from rome.edits.sequences import Grouping, grouped
 from rome.models import EditableModel
+from rome.options import ConfigError
 
 LAYER = 1
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)

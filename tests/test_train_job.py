@@ -14,9 +14,9 @@ import pytest
 import tiny
 import yaml
 
-from jobs.runs.config import ConfigError
 from jobs.tasks.training import trained
 from jobs.train import load
+from rome.options import ConfigError
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 5

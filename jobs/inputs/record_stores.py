@@ -20,10 +20,11 @@ from jobs.cli import say
 from jobs.inputs import sources
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError, SliceConfig
+from jobs.runs.config import SliceConfig
 from jobs.runs.manifests import MANIFEST
 from rome.data.facts import ReferenceText
 from rome.data.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
+from rome.options import ConfigError
 from rome.scoring.text_metrics import fit_tfidf
 
 SCHEMA_VERSION = 2

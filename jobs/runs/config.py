@@ -7,27 +7,24 @@ the run's.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import PositiveInt
 
 from cluster.settings import RunSettings
+from rome import options
 from rome.editors import EDITORS
 from rome.edits.sequences import Grouping
 from rome.evaluation import ScoringSettings
+from rome.options import ConfigError
 from rome.paths import CONFIGS
 
 _GROUPING = [f.name for f in fields(Grouping)]
-
-
-class ConfigError(ValueError):
-    """A config says something that it may not; the message names the key and what it may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,7 @@ class RunConfig:
         """The registered editor of a row. Raises ConfigError."""
         kind: str = self.editors[name].get("editor", name)
         if kind not in EDITORS:
-            raise ConfigError(f"editors.{name}: {_unknown('editor', kind, EDITORS)}")
+            raise ConfigError(f"editors.{name}: {options.unknown('editor', kind, EDITORS)}")
         return kind
 
     def takes_stored(self, name: str) -> bool:
@@ -127,13 +124,13 @@ class RunConfig:
         kind = self.kind(name)
         taken = {*_GROUPING, "editor"}
         given = {k: v for k, v in self.editors[name].items() if k not in taken}
-        merged = _merge(self.model.editors.get(kind, {}), given)
-        return kind, validate(EDITORS[kind].settings, merged, f"editors.{name}.")
+        merged = options.merged(self.model.editors.get(kind, {}), given)
+        return kind, options.validate(EDITORS[kind].settings, merged, f"editors.{name}.")
 
     def grouping(self, name: str) -> Grouping:
         """How many records of a row share an edited model. Raises ConfigError."""
         given = {k: v for k, v in self.editors[name].items() if k in _GROUPING}
-        grouping: Grouping = validate(Grouping, given, f"editors.{name}.")
+        grouping: Grouping = options.validate(Grouping, given, f"editors.{name}.")
         if self.lease_records % grouping.size:
             raise ConfigError(
                 f"lease_records must be a multiple of {grouping.size}, the records that share a "
@@ -156,55 +153,30 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
     Keys are dotted, values YAML. Raises ConfigError, naming file and key.
     """
     data = filled(path, overrides)
-    config: RunConfig = validate(RunConfig, data, f"{path}: ")
+    config: RunConfig = options.validate(RunConfig, data, f"{path}: ")
     if not config.editors:
         raise ConfigError(f"{path}: editors must name at least one editor, such as none or rome")
     for kind, settings in config.model.editors.items():
         if kind not in EDITORS:
-            raise ConfigError(f"{path}: model.editors: {_unknown('editor', kind, EDITORS)}")
-        validate(EDITORS[kind].settings, settings, f"{path}: model.editors.{kind}.")
+            raise ConfigError(f"{path}: model.editors: {options.unknown('editor', kind, EDITORS)}")
+        options.validate(EDITORS[kind].settings, settings, f"{path}: model.editors.{kind}.")
     for name in config.editors:
         config.editor(name)
         config.grouping(name)
     return config
 
 
-def filled(path: str | os.PathLike[str], overrides: Sequence[str]) -> dict[str, Any]:
-    """What a config's file and overrides say, with the file of its model in the model's place.
+def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]:
+    """Read a config's file and overrides, and put the file of its model in the model's place.
 
-    Raises ConfigError where a file cannot be read or an override has no `=`.
+    Raises ConfigError if a file cannot be read or an override has no `=`.
     """
-    data = _read(Path(path))
-    model = data.get("model")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ConfigError(f"--set takes key=value, got '{override}'")
-        if key == "model":
-            model = yaml.safe_load(value)
-    if isinstance(model, str):
-        data["model"] = _read(_named(model, "models"))
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key != "model":
-            _set(data, key.split("."), yaml.safe_load(value), key)
-    return data
-
-
-def validate(kind: type, data: Any, where: str) -> Any:
-    """`data` as a `kind`. Raises ConfigError with every wrong key, and the nearest right one."""
-    try:
-        return TypeAdapter(kind).validate_python(data)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = [str(part) for part in problem["loc"]]
-            if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                text = _unknown("key", path[-1], _keys(kind, path[:-1]))
-            else:
-                text = f"{problem['msg']}, got {problem.get('input')!r}"
-            lines.append(f"{where}{'.'.join(path)}: {text}")
-        raise ConfigError("\n".join(lines)) from None
+    data = options.read(Path(path))
+    models = [override for override in given if override.partition("=")[0] == "model"]
+    data = options.overridden(data, models)
+    if isinstance(data.get("model"), str):
+        data["model"] = options.read(_named(data["model"], "models"))
+    return options.overridden(data, [override for override in given if override not in models])
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
@@ -241,18 +213,6 @@ def _listed(value: Any) -> Any:
     return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config must be a mapping, got {type(data).__name__}")
-    return data
-
-
 def _named(name: str, kind: str) -> Path:
     """configs/KIND/NAME.yaml, or NAME itself where it is the path of a YAML file."""
     if name.endswith((".yaml", ".yml")):
@@ -260,46 +220,5 @@ def _named(name: str, kind: str) -> Path:
     path = CONFIGS / kind / f"{name}.yaml"
     if not path.exists():
         names = [p.stem for p in path.parent.glob("*.yaml")]
-        raise ConfigError(_unknown(kind.removesuffix("s"), name, names))
+        raise ConfigError(options.unknown(kind.removesuffix("s"), name, names))
     return path
-
-
-def _set(data: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
-    for part in parts[:-1]:
-        if data.get(part) is None:
-            data[part] = {}
-        if not isinstance(data[part], dict):
-            raise ConfigError(f"--set {key}: '{part}' is {data[part]!r} and has no keys")
-        data = data[part]
-    data[parts[-1]] = value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _keys(kind: type, path: Sequence[str]) -> list[str]:
-    """The keys that are right at a path inside a dataclass."""
-    for part in path:
-        hint = get_type_hints(kind).get(part)
-        found = [t for t in (hint, *get_args(hint)) if is_dataclass(t) and isinstance(t, type)]
-        if not found:
-            return []
-        kind = found[0]
-    return [f.name for f in fields(kind)]
-
-
-def _unknown(what: str, name: str, known: Any) -> str:
-    names = sorted(str(k) for k in known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"unknown {what} '{name}'; did you mean '{close[0]}'?"
-    return f"unknown {what} '{name}'; " + (
-        f"known: {', '.join(names)}" if names else "none is known"
-    )

@@ -15,13 +15,14 @@ from cluster.queue import Lease
 from cluster.store import Store
 from jobs.runs import config as configs
 from jobs.runs import manifests
-from jobs.runs.config import ConfigError, RunConfig
+from jobs.runs.config import RunConfig
 from rome.data.records import Request
 from rome.editors import Editor
 from rome.edits import files as edit_files
 from rome.edits.deltas import Edit
 from rome.edits.files import Origin
 from rome.models import EditableModel
+from rome.options import ConfigError
 
 _EDITS, _RESULTS = "edits", "results"
 

@@ -21,8 +21,9 @@ from cluster.settings import RunSettings
 from cluster.store import Store
 from jobs.inputs import corpus as corpora
 from jobs.runs import config as configs
-from jobs.runs.config import ConfigError, CorpusConfig, ModelConfig
+from jobs.runs.config import CorpusConfig, ModelConfig
 from jobs.tasks.loading import load_model
+from rome import options
 from rome.data import records
 from rome.data.records import Record, Request
 from rome.editors import hypernetwork
@@ -30,6 +31,7 @@ from rome.editors.hypernetwork import NETWORKS, Origin
 from rome.editors.training import Example, Figures, Trainer, TrainingSettings
 from rome.evaluation import TOKEN_BUDGETS
 from rome.models import EditableModel
+from rome.options import ConfigError
 from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
@@ -75,7 +77,7 @@ class TrainConfig:
     @property
     def network_settings(self) -> Any:
         """Raises ConfigError."""
-        return configs.validate(NETWORKS[self.editor][0], self.network, "network.")
+        return options.validate(NETWORKS[self.editor][0], self.network, "network.")
 
 
 def folder() -> Path:
