@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from computations import BUDGET, ENDING, MEMIT, memit, moments
-from tiny import REQUESTS, TEMPLATES
+from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
 from torch import Tensor
 
 from rome.editors import JointEditor
@@ -89,7 +89,7 @@ SETTINGS = pytest.mark.parametrize("settings", [CLAMPED, MEMIT], ids=["clamped",
 def test_batches_equal_one_prompt_at_a_time(
     family: str, kind: str, settings: MemitSettings
 ) -> None:
-    check(tiny.model(family, "float64", kind), settings, 1e-8)
+    check(tiny.model(family, "float64", kind), settings, ADAM_ROUNDING)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {*MAIN, "olmo2"}))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from computations import BUDGET, CLAMPED, ENDING, LAST, STOPPING, correlated_moment
-from tiny import REQUESTS, TEMPLATES
+from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
 from torch import Tensor
 
 from rome.data.records import Request
@@ -82,7 +82,7 @@ MAIN = ("gpt2", "gptj", "llama")
 @pytest.mark.parametrize("family", MAIN)
 @pytest.mark.usefixtures("no_narrowing")
 def test_batch_equals_one_record_at_a_time(family: str, kind: str, settings: RomeSettings) -> None:
-    check_batches(tiny.model(family, "float64", kind), settings, 1e-9)
+    check_batches(tiny.model(family, "float64", kind), settings, ADAM_ROUNDING)
 
 
 @SETTINGS

