@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import Any
 
@@ -15,9 +15,10 @@ from rome.models import EditableModel
 from rome.scoring import generation, greedy, probabilities, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.scoring.probabilities import Extras
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable()
 class ScoringSettings:
     """How edits are scored."""
 

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rome.models import EditableModel, prompts
-from rome.settings import at_least
+from rome.settings import configurable
 
 Part = Literal["mlp", "attention"]
 OnLayer = Callable[[int, Tensor], Tensor]
@@ -50,11 +50,9 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@configurable(samples=1, noise=0, window=1)
 class TraceSettings:
     """How facts are traced; the defaults are the paper's."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     samples: int = 10
     """Corrupted runs of a fact."""
@@ -63,9 +61,6 @@ class TraceSettings:
     window: int = 10
     """Layers whose MLP or attention outputs are restored together, around the traced one."""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(self, samples=1, window=1)
 
 
 @dataclass(frozen=True)

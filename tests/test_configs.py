@@ -14,6 +14,7 @@ from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
 from rome.editors.rome import RomeSettings
 from rome.options import ConfigError
+from rome.paths import CONFIGS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
@@ -262,3 +263,20 @@ def test_difference_names_each_key_that_differs(run_file: Path) -> None:
     new = configs.plain(configs.load(run_file, ["editors.rome.layer=9", "workers.workers=7"]))
     assert configs.difference(old, old) == []
     assert configs.difference(old, new) == ["editors.rome.layer: None there, 9 now"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("editors.rome.value.steps=0", "steps must be at least 1, got 0"),
+        ("editors.rome.value.clamp=-1", "clamp must be at least 0, got -1"),
+        ("editors.rome.layer=-1", "layer must be at least 0, got -1"),
+        ("editors.rome.value.learning_rate=.nan", "learning_rate must be at least 0, got nan"),
+        ("lease_records=0", "lease_records must be at least 1, got 0"),
+        ("records.limit=0", "limit must be at least 1, got 0"),
+        ("scoring.generation.top_k=0", "top_k must be at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_with_their_key(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        configs.load(CONFIGS / "runs" / "everyday-rome.yaml", [override])

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import PositiveInt
 
 from cluster.settings import RunSettings
 from rome import options
@@ -23,27 +22,28 @@ from rome.edits.sequences import Grouping
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
 from rome.paths import CONFIGS
+from rome.settings import configurable
 
 _GROUPING = [f.name for f in fields(Grouping)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True, tokens=1, passage_tokens=1)
 class CorpusConfig:
     """What a second moment is computed over."""
 
     corpus: str = "self"
     """`self` (text sampled from the model), a .txt file with a passage a line, a Parquet file with
     a column `text`, or a `datasets` id (`NAME:CONFIG:SPLIT:COLUMN`, the last three optional)."""
-    tokens: PositiveInt = 100_000
+    tokens: int = 100_000
     """Tokens at least, unless the corpus ends before."""
-    passage_tokens: PositiveInt = 512
+    passage_tokens: int = 512
     """Longer passages are cut."""
     file: str | None = None
     """A ready second moment to use instead, `{layer}` in its name standing for the layer:
     safetensors, or a .npz as the ROME authors publish."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True)
 class ModelConfig:
     """One file of configs/models."""
 
@@ -60,17 +60,17 @@ class ModelConfig:
     """Hyperparameters of editors for this model."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True, limit=1, case_id_below=0)
 class SliceConfig:
     """Which records of the store are used; all by default."""
 
-    limit: PositiveInt | None = None
+    limit: int | None = None
     """The first so many."""
     case_id_below: int | None = None
     """The paper's slices: 7500 for GPT-2, 2000 for GPT-J."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True)
 class TemplateConfig:
     """Context templates: sampled from the model once per run, or given."""
 
@@ -81,11 +81,10 @@ class TemplateConfig:
     """Ready templates, the bare `{}` first, instead of sampling."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True, token_budget=1, lease_records=1)
 class RunConfig:
     """One file of configs/runs, with its model filled in."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # For the dataclasses inside as well.
     name: str
     model: ModelConfig
     benchmark: str
@@ -102,9 +101,9 @@ class RunConfig:
     are as large as the weights that they change, for each record."""
     edits: str | None = None
     """A run directory that kept its edits, which are scored instead of new ones."""
-    token_budget: PositiveInt | None = None
+    token_budget: int | None = None
     """Tokens of a forward pass at most, padding included; null takes what suits the device."""
-    lease_records: PositiveInt = 8
+    lease_records: int = 8
     """Records that a worker takes at a time, and loses at most."""
     workers: RunSettings = field(default_factory=RunSettings)
 

@@ -6,10 +6,9 @@ import os
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import PositiveInt
 
 from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
@@ -19,6 +18,7 @@ from jobs.tasks.loading import load_model
 from rome import tracing
 from rome.data.results import ERROR, OK
 from rome.evaluation import TOKEN_BUDGETS
+from rome.settings import configurable
 from rome.tracing import KnownFact, TraceSettings
 
 KindName = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
@@ -49,22 +49,21 @@ TRACE_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(kw_only=True, limit=1, token_budget=1, lease_facts=1)
 class TraceConfig:
     """One file of configs/traces, with its model filled in."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
     name: str
     model: ModelConfig
     facts: str
     """A file or URL in the form of the authors' `known_1000.json`."""
-    limit: PositiveInt | None = None
+    limit: int | None = None
     """The first so many facts, known to the model or not."""
     kinds: tuple[KindName, ...] = ("hidden", "mlp", "attention", "mlp_severed", "attention_severed")
     trace: TraceSettings = field(default_factory=TraceSettings)
-    token_budget: PositiveInt | None = None
+    token_budget: int | None = None
     """Tokens of a forward pass at most; null takes what suits the device."""
-    lease_facts: PositiveInt = 4
+    lease_facts: int = 4
     workers: RunSettings = field(default_factory=RunSettings)
 
 

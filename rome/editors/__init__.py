@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rome.data.records import Request
 from rome.editors.fine_tuning import (
@@ -24,6 +24,7 @@ from rome.editors.rome import Rome, RomeSettings
 from rome.edits.deltas import Edit
 from rome.models import EditableModel
 from rome.second_moment import Solver
+from rome.settings import configurable
 
 
 class Editor(Protocol):
@@ -64,11 +65,9 @@ class Unedited:
         return [Edit(request) for request in requests]
 
 
-@dataclass(frozen=True)
+@configurable()
 class NoSettings:
     """The unedited model has nothing to set."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)

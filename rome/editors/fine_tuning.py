@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,15 @@ from rome.editors.gradients import entering
 from rome.edits.deltas import DenseDelta, Edit, total_norm
 from rome.models import EditableModel, memory, prompts
 from rome.models.prompts import Batch, Text
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(layer=0, steps=1, learning_rate=0, weight_decay=0, norm_constraint=0)
 class FineTuningSettings:
     """Hyperparameters of FT; the defaults are the published ones for GPT-2 XL.
 
     The names in brackets are those of the reference code.
     """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
 
     layer: int = 1
     """Counted from 0."""

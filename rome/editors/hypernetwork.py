@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from rome.editors.mend import MendNetwork, MendSettings
 from rome.edits.deltas import Edit, total_norm
 from rome.models import EditableModel, memory
 from rome.models.prompts import Text
+from rome.settings import configurable
 
 Network = MendNetwork | KnowledgeEditorNetwork
 
@@ -32,11 +33,9 @@ NETWORKS: dict[str, tuple[type, type]] = {
 }
 
 
-@dataclass(frozen=True)
+@configurable()
 class HypernetworkSettings:
     """What a trained editor is: everything else is in the file that its training wrote."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     weights: str
     """Name of a training, such as `mend-smollm2-counterfact`, or a .safetensors file."""

@@ -10,9 +10,6 @@ R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -20,13 +17,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from rome.editors.gradients import Factors, Gradients
 from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(hidden=1, condition=1)
 class KnowledgeEditorSettings:
     """The network's shape; the defaults are the published ones."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     hidden: int = 512
     """Of the LSTM, in each direction, and of the conditioners. [hidden_dim]"""

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,13 +33,12 @@ from transformers.cache_utils import DynamicCache
 from rome.data.records import Request
 from rome.edits.deltas import Edit, LowRankDelta, total_norm
 from rome.models import EditableModel, memory, prompts
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(steps=1, adaptive_threshold=0)
 class KnowledgeNeuronsSettings:
     """Hyperparameters; the defaults are those of the ROME paper's baseline (`hparams/KN`)."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
 
     steps: int = 20
     """Points of the integral, from 0 to the activation, both among them."""

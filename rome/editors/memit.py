@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,12 @@ from rome.edits.deltas import Edit, LowRankDelta, applied, total_norm, written
 from rome.models import EditableModel, memory, prompts
 from rome.models.families import UnsupportedModelError
 from rome.second_moment import Solver
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(sampled_contexts=0)
 class MemitSettings:
     """Hyperparameters of MEMIT; the defaults are the published ones for GPT-2 XL."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
 
     layers: tuple[int, ...] = (13, 14, 15, 16, 17)
     """Counted from 0, ascending: each takes its share of what is still missing at the last."""

@@ -9,22 +9,18 @@ S either of them, R rank of a layer, M weights of one shape.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from rome.editors.gradients import Gradients
 from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(rank=1, hidden_layers=0)
 class MendSettings:
     """The network's shape; the defaults are the published ones for GPT-2 XL."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     rank: int = 1920
     """Of each layer's matrix; at most its size is used."""

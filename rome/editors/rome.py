@@ -6,8 +6,8 @@ Legend: E edits, C contexts, K key size, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel, memory
 from rome.second_moment import Solver
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(layer=0)
 class RomeSettings:
     """Hyperparameters of ROME; the defaults are the published ones for GPT-2 XL."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # An unknown key in a config is an error.
 
     layer: int = 17
     """Counted from 0."""

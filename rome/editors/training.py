@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import load as from_bytes
@@ -25,7 +25,7 @@ from rome.editors.gradients import Rows
 from rome.editors.hypernetwork import Network, first_layer
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel
-from rome.settings import at_least
+from rome.settings import configurable
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,21 @@ class Example:
     """(prompt, what follows it), which the edit should not change."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@configurable(
+    kw_only=True,
+    steps=1,
+    rate=0,
+    rate_of_rates=0,
+    batch=1,
+    c_edit=0,
+    c_loc=0,
+    clip=0,
+    validate_every=1,
+    validation=1,
+    patience=1,
+)
 class TrainingSettings:
     """Hyperparameters; the defaults are the published ones of MEND, where it has them."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     steps: int
     """Of the optimiser, at most."""
@@ -64,9 +74,6 @@ class TrainingSettings:
     patience: int = 8
     """Validations without a lower loss before training ends."""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(self, steps=1, batch=1, validate_every=1, validation=1, patience=1)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from rome.editors.contexts import Observed
 from rome.models import EditableModel
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(steps=1, learning_rate=0, weight_decay=0, kl_factor=0, clamp=0)
 class ValueSettings:
     """Hyperparameters of Equation 4; the names in brackets are those of the reference code."""
 

@@ -18,9 +18,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from rome.data.records import Request
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, memory, prompts
+from rome.settings import configurable
 
 
-@dataclass(frozen=True)
+@configurable(top_k=1, max_tokens=1)
 class GenerationSettings:
     """How texts are sampled (reference code: `generate_fast`)."""
 
