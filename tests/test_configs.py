@@ -14,7 +14,6 @@ from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
 from rome.editors.rome import RomeSettings
 from rome.options import ConfigError
-from rome.paths import CONFIGS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
