@@ -242,6 +242,10 @@ def _listed(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # `configs/...` is the project's own file wherever the command runs, unless there is one.
+    own = CONFIGS.parent / path
+    if path.parts[:1] == ("configs",) and own.exists() and not path.exists():
+        path = own
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
