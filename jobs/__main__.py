@@ -46,7 +46,8 @@ def _load(name: str) -> Any:
     try:
         command: Any = typer.main.get_command(import_module(module).app)
     except ModuleNotFoundError as error:
-        cli.say(f"error: {name} needs '{error.name}'; pip install 'rome-bench[all]' brings it")
+        lacking = str(error.name).partition(".")[0]
+        cli.say(f"error: {name} needs '{lacking}'; pip install 'rome-bench[all]' brings it")
         raise typer.Exit(1) from None
     return command.commands[name] if module == _ROME else command
 
