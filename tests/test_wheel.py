@@ -131,6 +131,12 @@ def test_the_wheel_holds_every_module_config_and_template_and_no_more(wheel: Pat
     assert held == expected
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (cited["title"], cited["version"]) == (PROJECT["name"], PROJECT["version"])
+    assert f"## {PROJECT['version']} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
 def test_the_installed_packages_are_the_wheels(installed: Installed) -> None:
     code = "import rome.paths, cluster.store, jobs.cli as c\n"
     code += "print(rome.paths.CONFIGS, cluster.store.__file__, c.__file__)"
