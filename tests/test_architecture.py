@@ -64,3 +64,11 @@ def test_the_picture_shows_every_module_and_no_other() -> None:
     helpers = {path.name for path in (ROOT / "tests").glob("*.py")}
     assert there - shown == set(), "docs/architecture.md lacks these"
     assert shown - there <= helpers, "docs/architecture.md shows what is not there"
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), link

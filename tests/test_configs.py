@@ -249,6 +249,18 @@ def test_a_file_that_is_no_config(tmp_path: Path, write: Any) -> None:
         configs.load(path)
 
 
+def test_the_projects_own_files_are_found_from_anywhere(
+    tmp_path: Path, run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("configs/runs/everyday-rome.yaml").name == "everyday-rome"
+    with pytest.raises(ConfigError, match=r"configs/runs/none\.yaml: cannot be read"):
+        configs.load("configs/runs/none.yaml")
+    (tmp_path / "configs" / "runs").mkdir(parents=True)
+    run_file.rename("configs/runs/everyday-rome.yaml")
+    assert configs.load("configs/runs/everyday-rome.yaml").name == "test"
+
+
 def test_a_model_may_be_a_file_or_stand_in_the_run(write: Any, tmp_path: Path) -> None:
     model = {"name": "mine", "source": "folder", "dtype": "float32", "editors": {"rome": {}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(model))

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"
 BIN = Path(sys.executable).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
 IMAGE = f"{PROJECT['name']}:{PROJECT['version']}"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 IMAGE_ROOT = re.findall(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)[0]
@@ -108,7 +109,7 @@ def test_the_image_is_this_project_as_pinned_and_nobody_else() -> None:
 
 def test_all_clusters_run_that_image_and_that_ray() -> None:
     for cluster in clusters().values():
-        assert f"ray[default]=={cluster['rayVersion']}" in PROJECT["dependencies"]
+        assert f"ray=={cluster['rayVersion']}" in CONSTRAINTS
         for pod in pods(cluster):
             assert [container["image"] for container in pod["spec"]["containers"]] == [IMAGE]
     for name in ("aws.yaml", "gcp.yaml"):

@@ -170,7 +170,7 @@ def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]
 
     Raises ConfigError if a file cannot be read or an override has no `=`.
     """
-    data = options.read(Path(path))
+    data = options.read(_own(Path(path)))
     models = [override for override in given if override.partition("=")[0] == "model"]
     data = options.overridden(data, models)
     if isinstance(data.get("model"), str):
@@ -210,6 +210,12 @@ def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(inner) for key, inner in value.items()}
     return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _own(path: Path) -> Path:
+    """`configs/...` is the project's own file wherever the command runs, unless there is one."""
+    own = CONFIGS.parent / path
+    return own if path.parts[:1] == ("configs",) and own.exists() and not path.exists() else path
 
 
 def _named(name: str, kind: str) -> Path:
