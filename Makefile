@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup help bench perf gpu roundings chaos scale table1 table4 table-variants test clean
+.PHONY: setup help bench perf gpu roundings chaos scale table1 table4 table-variants lint check test clean
 
 setup: .venv/installed ## Install everything into .venv (the default).
 
@@ -89,11 +89,16 @@ $(STORES)/counterfact_1618/manifest.json: TEXTS = --reference-texts $(DATA)/refe
 $(STORES)/%/manifest.json: | setup
 	$(BIN)/python -m jobs.prepare $(DATA)/$*.json --out $(@D) $(TEXTS)
 
-test: setup ## Run lint, types and tests.
+lint: setup ## Lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not ray and not model and not browser and not slow"
+
+test: lint ## Everything; says what was skipped and what took long.
+	$(BIN)/pytest -ra --durations=15
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

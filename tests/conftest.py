@@ -17,6 +17,16 @@ from transformers.models.llama import modeling_llama
 ROOT = Path(__file__).parents[1]
 
 
+# A test is of these kinds by what it uses. Those that start Ray or a model by a command say so.
+_KINDS = {"ray_address": "ray", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in _KINDS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(_KINDS[fixture])
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny models are slower with more."""

@@ -16,6 +16,8 @@ from chaos_task import Spec, write_records
 from jobs.evaluate import evaluate
 from jobs.runs import config as configs
 
+pytestmark = pytest.mark.ray
+
 CHAOS = Path(__file__).with_name("chaos.py")
 
 

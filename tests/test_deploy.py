@@ -310,6 +310,7 @@ def is_free(port: int) -> bool:
         return opened.connect_ex(("127.0.0.4", port)) != 0
 
 
+@pytest.mark.ray
 def test_a_slurm_job_at_its_time_limit_queues_itself_and_resumes(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:

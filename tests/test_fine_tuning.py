@@ -145,6 +145,7 @@ def no_solver(layer: int) -> Solver:
     raise AssertionError("fine-tuning needs no second moment")
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("kind", ["ft", "ft+l", "attnedit"])
 def test_a_registered_editor_makes_the_target_likely(kind: str) -> None:
     """On the real model, with the rates published for GPT-2 XL on layers that it has."""

@@ -17,6 +17,8 @@ import pytest
 from computations import COMPUTATIONS, FAMILIES
 from gpu_report import Task
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 # A machine with a GPU may have none of these, nor this project as a package.

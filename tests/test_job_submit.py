@@ -16,6 +16,8 @@ import polars as pl
 import psutil
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 

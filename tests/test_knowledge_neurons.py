@@ -71,6 +71,7 @@ def test_other_families(family: str) -> None:
     check(tiny.model(family, "float64"), SETTINGS, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MAIN)
 @pytest.mark.usefixtures("no_narrowing")
 def test_attributions_sum_to_what_the_neurons_did(family: str) -> None:

@@ -43,6 +43,7 @@ def test_importing_costs_nothing_and_needs_little() -> None:
         rome.edited  # noqa: B018
 
 
+@pytest.mark.model
 def test_the_five_lines_of_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     assert rome.__doc__
     lines = re.findall(r"^    (.+)$", rome.__doc__, re.MULTILINE)

@@ -34,6 +34,7 @@ def test_batches_by_length_keep_to_the_budget_with_their_padding() -> None:
     assert list(memory.by_length([], 6)) == []
 
 
+@pytest.mark.slow
 def test_a_process_short_of_memory_goes_on_with_halves() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=True

@@ -138,6 +138,7 @@ def test_layers_after_the_last_that_is_needed_do_not_run() -> None:
     assert torch.equal(keys[1], keys[4])
 
 
+@pytest.mark.model
 def test_the_packaged_model_splits_digits_and_knows_its_start() -> None:
     model = tiny.smollm2()
     tokens = model.tokenizer.tokenize("in 1890 years")

@@ -34,9 +34,12 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
 LAYER = 6
 BUDGET = 1000
 
-pytestmark = pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason="the reference's outputs are not beside the repository"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not REFERENCE.is_dir(), reason="the reference's outputs are not beside the repository"
+    ),
+    pytest.mark.model,
+]
 
 
 def read(name: str) -> Any:

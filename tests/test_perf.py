@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rome.edits.deltas import LowRankDelta
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHAPE = {
     "model_type": "gpt2",

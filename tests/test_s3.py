@@ -23,6 +23,8 @@ from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.queue import read_parts
 from cluster.store import Store, StoreError, patiently
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[1]
 TABLE = pa.table({"case_id": [1, 2, 3]})
 

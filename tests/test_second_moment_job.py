@@ -237,6 +237,7 @@ def texts_of(corpus: Passages) -> list[list[int]]:
     return [ids for chunk in range(corpus.chunks) for ids in corpus.texts(model, chunk)]
 
 
+@pytest.mark.slow
 def test_parquet_and_datasets_give_the_passages_of_the_text_file(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 # Another order of additions, in the layers that compute in float32.
 ROUNDING = 1e-6

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from jobs.__main__ import COMMANDS, app
 from rome.__main__ import app as rome_app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("rome", "cluster", "jobs", "configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -174,6 +174,7 @@ def test_accuracies_equal_the_references(family: str) -> None:
         assert [column[name] for name in names] == [[share] for share in three]
 
 
+@pytest.mark.model
 def test_accuracies_of_a_real_model_equal_the_references() -> None:
     if not (SHARED / "zsre_eval_537.json").exists():
         pytest.skip("zsre_eval_537.json is not beside the repository")
