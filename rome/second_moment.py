@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rome import files
 from rome.models import EditableModel, memory, prompts
+from rome.models.hooks import hooked
 
 
 class UnsolvableError(ValueError):
@@ -99,20 +100,21 @@ def accumulate(
         for layer in layers
     ]
     base = model.up_to(max(layers))
-    try:
-        for chosen in memory.by_length([len(text) for text in texts], _BATCH_TOKENS):
-            batch = prompts.pad([texts[i] for i in chosen], model.device)
-            base(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.mask_BT,
-                position_ids=batch.positions_BT,
-                use_cache=False,
-            )
-            for layer, moment in moments.items():
-                moment.add(seen[layer][batch.mask_BT.bool().to(seen[layer].device)])
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def add(rows: Sequence[Sequence[int]]) -> list[None]:
+        batch = prompts.pad(rows, model.device)
+        model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=base)
+        real_BT = batch.mask_BT.bool()
+        # All that may not fit into memory comes before the first sum changes.
+        keys = {n: seen[n][real_BT.to(seen[n].device)].to(moments[n].sum_KK) for n in layers}
+        for layer, keys_TK in keys.items():
+            moments[layer].add(keys_TK)
+        return [None] * len(rows)
+
+    with hooked(*hooks):
+        memory.in_batches(
+            texts, memory.by_length([len(text) for text in texts], _BATCH_TOKENS), add
+        )
     return moments
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from torch.utils.hooks import RemovableHandle
 
-from rome.models import EditableModel, prompts
+from rome.models import EditableModel, caches, memory, prompts
+from rome.models.hooks import hooked
 from rome.settings import configurable
 
 Part = Literal["mlp", "attention"]
@@ -144,12 +144,12 @@ def trace(
     if KINDS[kind].severs:
         restored = [None] * T
     for t in [subject[-1]] if KINDS[kind].severs else range(subject.start, T):
-        size = min(settings.samples, max(1, token_budget // (L * (T - t))))
-        parts = [
-            restore(model, observed, KINDS[kind], settings.window, t, slice(n, n + size))
-            for n in range(0, settings.samples, size)
-        ]
-        restored[t] = torch.cat(parts, dim=1).mean(1).tolist()
+        samples_L = memory.in_batches(
+            range(settings.samples),
+            memory.by_length([L * (T - t)] * settings.samples, token_budget),
+            partial(restore, model, observed, KINDS[kind], settings.window, t),
+        )
+        restored[t] = torch.stack(samples_L).mean(0).tolist()
     return Trace(**found, corrupted=corrupted, restored=restored)
 
 
@@ -201,35 +201,31 @@ def observe(model: EditableModel, ids: list[int], subject: range, noise_SND: Ten
         outputs[part].append(output_BTD)
         return output_BTD
 
-    cache = DynamicCache()
-    cached: list[Any] = cache.layers
+    cache, ids_BT = caches.recording(), torch.tensor([ids] * B, device=model.device)
     embedding = model.hf.get_input_embeddings().register_forward_hook(corrupt)
-    try:
-        with _hooked(model, on_layer, on_part, range(L)):
-            hidden_BTD = model.base(
-                input_ids=torch.tensor([ids] * B, device=model.device),
-                attention_mask=torch.ones(B, len(ids), dtype=torch.long, device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-    finally:
-        embedding.remove()
+    with hooked(embedding, *_handles(model, on_layer, on_part, range(L))):
+        hidden_BTD = model.run(ids_BT, torch.ones_like(ids_BT), cache=cache)
     p_BV = model.logits(hidden_BTD[:, -1]).softmax(1)
     answer = int(p_BV[0].argmax())
-    keys_and_values = [(kv.keys, kv.values) for kv in cached]
-    return Observed(ids, entering, outputs, keys_and_values, answer, p_BV[:, answer])
+    return Observed(ids, entering, outputs, caches.recorded(cache), answer, p_BV[:, answer])
 
 
 def restore(
-    model: EditableModel, observed: Observed, kind: Kind, window: int, t: int, samples: slice
-) -> Tensor:
-    """Probabilities of the answer [L, S] where token `t` is restored, for some of the samples.
+    model: EditableModel,
+    observed: Observed,
+    kind: Kind,
+    window: int,
+    t: int,
+    chosen: Sequence[int],
+) -> Sequence[Tensor]:
+    """Probabilities of the answer [L] if token `t` is restored, of successive samples.
 
     One forward pass over the tokens from `t` on. Its batch grows with the layers: the rows of a
     restored layer enter where they begin to differ from the corrupted run, so that nothing is
     computed twice.
     """
     L, last = len(model.layers), len(observed.ids) - 1
+    samples = slice(chosen[0], chosen[-1] + 1)
     corrupted_S = observed.probability_B[1:][samples]
     if kind.restores == "hidden":
         # The output of layer l enters l + 1; that of the last layer needs no run.
@@ -242,7 +238,7 @@ def restore(
         stops = [min(L, layer + (window + 1) // 2) for layer in range(L)]
         rest_GS = corrupted_S.new_empty(0, len(corrupted_S))
     if not starts:
-        return rest_GS
+        return rest_GS.unbind(1)
 
     def on_layer(layer: int, hidden_RQD: Tensor) -> Tensor:
         entering_BQD = observed.entering[layer][:, t:]
@@ -267,7 +263,7 @@ def restore(
     hidden_RQD = _run(model, observed, starts[0], t, samples, on_layer, on_part)
     p_RV = model.logits(hidden_RQD[:, -1]).softmax(1)
     restored_GS = p_RV[:, observed.answer].unflatten(0, (-1, len(corrupted_S)))
-    return torch.cat([restored_GS, rest_GS])
+    return torch.cat([restored_GS, rest_GS]).unbind(1)
 
 
 def _run(
@@ -285,47 +281,22 @@ def _run(
     and the rows themselves enter through `on_layer`.
     """
     ids_1Q = torch.tensor([observed.ids[t:]], device=model.device)
-    cache = Cache(
-        layers=[
-            _SharedPrefix(keys[1:][samples, :, :t], values[1:][samples, :, :t])
-            for keys, values in observed.cache
-        ]
-    )
+    # The same prefix for every restored layer.
+    prefix = [(k[1:][samples, :, :t], v[1:][samples, :, :t]) for k, v in observed.cache]
+    cache = caches.with_prefix(prefix, t)
+    mask_1T = torch.ones(1, len(observed.ids), dtype=torch.long, device=model.device)
+    positions_1Q = torch.arange(t, len(observed.ids), device=model.device)[None]
     base = model.only_layers(start, observed.entering[start][:1, t:] if start else None)
-    with _hooked(model, on_layer, on_part, range(start, len(model.layers))):
-        hidden_RQD: Tensor = base(
-            input_ids=ids_1Q,
-            attention_mask=torch.ones(1, len(observed.ids), dtype=torch.long, device=model.device),
-            position_ids=torch.arange(t, len(observed.ids), device=model.device)[None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return hidden_RQD
+    layers = range(start, len(model.layers))
+    with hooked(*_handles(model, on_layer, on_part, layers)):
+        return model.run(ids_1Q, mask_1T, positions_1Q, cache, base)
 
 
-class _SharedPrefix(DynamicLayer):
-    """A layer's cache of the tokens before the restored one, the same for every restored layer."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.prefix = keys, values
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        groups = len(key_states) // len(self.prefix[0])
-        keys, values = (x.repeat(groups, 1, 1, 1) for x in self.prefix)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-    def get_seq_length(self) -> int:
-        return self.prefix[0].shape[-2]
-
-
-@contextmanager
-def _hooked(
+def _handles(
     model: EditableModel, on_layer: OnLayer, on_part: OnPart, layers: range
-) -> Iterator[None]:
-    """Replace what enters layers by `on_layer(layer, hidden)`, and what their MLPs and attentions
-    answer by `on_part(part, layer, output)`."""
+) -> list[RemovableHandle]:
+    """Hooks on layers: `on_layer(layer, hidden)` replaces their input, and
+    `on_part(part, layer, output)` the output of their MLPs and attentions."""
 
     def before(layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
@@ -335,7 +306,7 @@ def _hooked(
     def after(part: Part, layer: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return on_part(part, layer, output)
 
-    handles = []
+    handles: list[RemovableHandle] = []
     for n in layers:
         parts: dict[Part, nn.Module] = {
             "mlp": model.down_projection(n),
@@ -344,8 +315,4 @@ def _hooked(
         hook = model.layers[n].register_forward_pre_hook(partial(before, n), with_kwargs=True)
         handles.append(hook)
         handles += [m.register_forward_hook(partial(after, p, n)) for p, m in parts.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return handles

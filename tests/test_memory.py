@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from computations import COMPUTATIONS, distance
 
 from rome.models import memory
 
@@ -58,3 +60,27 @@ def test_other_errors_are_not_retried(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="shapes"):
         memory.in_halves(wrong, [1, 2])
     assert not caplog.records
+
+
+# A step of training takes its examples together: their gradient is one number after another.
+@pytest.mark.parametrize("name", [name for name in COMPUTATIONS if not name.startswith("train")])
+@pytest.mark.usefixtures("one_thread")
+def test_every_computation_goes_on_item_by_item(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that holds one item at a time changes no number."""
+    asked = COMPUTATIONS[name]
+    expected = asked.compute(asked.make("llama", "float64"))
+    in_halves, failed = memory.in_halves, []
+
+    def short(run: Any, batch: Any) -> Any:
+        def limited(part: Any) -> Any:
+            if len(part) > 1:
+                failed.append(len(part))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return run(part)
+
+        return in_halves(limited, batch)
+
+    monkeypatch.setattr(memory, "in_halves", short)
+    found = asked.compute(asked.make("llama", "float64"))
+    assert failed
+    assert distance(found, expected) <= 1e-6  # Llama's norms are computed in float32.

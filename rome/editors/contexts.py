@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from rome.data.records import Request
-from rome.models import EditableModel, prompts
+from rome.models import EditableModel, caches, prompts
+from rome.models.hooks import hooked
 from rome.models.prompts import Encoded
 
 Position = Literal["subject_first", "subject_middle", "subject_last", "subject_after", "last"]
@@ -158,31 +158,19 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
     P = max(pivots)
     seen: dict[str, Tensor] = {}
 
-    def on_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        seen["entering_BSD"] = hidden[:, P:]
+    def on_layer(hidden_BTD: Tensor) -> None:
+        seen["entering_BSD"] = hidden_BTD[:, P:]
 
     def on_down(module: Any, args: tuple[Tensor, ...], output_BTD: Tensor) -> None:
         seen["key_BK"] = args[0][:, P].to(model.device)
         seen["output_BD"] = output_BTD[:, P].to(model.device)
 
-    hooks = [
+    cache = caches.recording()
+    with hooked(
         model.down_projection(layer).register_forward_hook(on_down),
-        model.layers[layer].register_forward_pre_hook(on_layer, with_kwargs=True),
-    ]
-    cache = DynamicCache()
-    cached: list[Any] = cache.layers
-    try:
-        model.base(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT,
-            position_ids=batch.positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
+        model.on_entering(layer, on_layer),
+    ):
+        model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, cache)
 
     def per_edit(x: Tensor) -> Tensor:
         return x.unflatten(0, (len(chosen), -1)).contiguous()
@@ -196,8 +184,8 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
         mask_ERT=per_edit(batch.mask_BT),
         entering_ERSD=per_edit(seen["entering_BSD"]) if layer > 0 else None,
         prefix=[
-            (per_edit(kv.keys[..., :P, :]), per_edit(kv.values[..., :P, :]))
-            for kv in cached[layer:]
+            (per_edit(keys[..., :P, :]), per_edit(values[..., :P, :]))
+            for keys, values in caches.recorded(cache)[layer:]
         ],
         label_ids_ECN=per_edit(label_ids_BN),
         label_columns_ECN=per_edit(label_columns_BN),

@@ -11,7 +11,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +22,7 @@ from rome.data.records import Request
 from rome.editors.gradients import entering
 from rome.edits.deltas import DenseDelta, Edit, total_norm
 from rome.models import EditableModel, memory, prompts
+from rome.models.hooks import hooked
 from rome.models.prompts import Batch, Text
 from rome.settings import configurable
 
@@ -135,11 +135,11 @@ class FineTuning:
         """
         texts = self.model.encode_targets([(r.text, r.target) for r in requests])
         rows = [_row(text, self.settings.target_loss) for text in texts]
-        edits: dict[int, Edit] = {}
-        for batch in memory.by_length([len(row.ids) for row in rows], self.tokens, self.edits):
-            made = self._edit([requests[i] for i in batch], [rows[i] for i in batch])
-            edits |= zip(batch, made, strict=True)
-        return [edits[i] for i in range(len(requests))]
+        return memory.in_batches(
+            list(zip(requests, rows, strict=True)),
+            memory.by_length([len(row.ids) for row in rows], self.tokens, self.edits),
+            lambda part: self._edit(*zip(*part, strict=True)),
+        )
 
     def _edit(self, requests: Sequence[Request], rows: Sequence[_Row]) -> list[Edit]:
         original = {
@@ -200,16 +200,15 @@ class FineTuning:
     def _losses(self, observed: _Observed, copies: Sequence[_Weights]) -> Tensor:
         """-log p [E] of the targets, row e running with the weights `copies[e]`."""
         model, batch = self.model, observed.batch
-        with ExitStack() as stack:
-            for name, module in self.modules.items():
-                hook = self._hook([(c[f"{name}.weight"], c.get(f"{name}.bias")) for c in copies])
-                stack.callback(module.register_forward_hook(hook).remove)
-            hidden_ETD = model.only_layers(self.settings.layer, observed.entering_ETD)(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.mask_BT,
-                position_ids=batch.positions_BT,
-                use_cache=False,
-            ).last_hidden_state
+        hooks = [
+            module.register_forward_hook(
+                self._hook([(c[f"{name}.weight"], c.get(f"{name}.bias")) for c in copies])
+            )
+            for name, module in self.modules.items()
+        ]
+        base = model.only_layers(self.settings.layer, observed.entering_ETD)
+        with hooked(*hooks):
+            hidden_ETD = model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=base)
         rows_E1 = torch.arange(len(copies), device=model.device)[:, None]
         log_p_EMV = model.logits(hidden_ETD[rows_E1, observed.columns_EM]).log_softmax(2)
         # With the published loss one position answers for all tokens.

@@ -10,14 +10,13 @@ a weight, K its input size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rome.models import EditableModel, prompts
+from rome.models.hooks import hooked
 from rome.models.prompts import Text
 
 
@@ -77,29 +76,16 @@ def entering(model: EditableModel, layer: int, batch: prompts.Batch) -> Tensor |
     """The hidden states [B, T, H] that enter a layer; None for the embeddings."""
     if layer == 0:
         return None
-    seen: list[Any] = []
-    hook = model.layers[layer - 1].register_forward_hook(lambda _, args, out: seen.append(out))
-    try:
-        _run(model.up_to(layer - 1), batch)
-    finally:
-        hook.remove()
-    hidden_BTH: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    return hidden_BTH
-
-
-def _run(base: nn.Module, batch: prompts.Batch) -> Tensor:
-    hidden_BTH: Tensor = base(
-        input_ids=batch.ids_BT,
-        attention_mask=batch.mask_BT,
-        position_ids=batch.positions_BT,
-        use_cache=False,
-    ).last_hidden_state
-    return hidden_BTH
+    seen: list[Tensor] = []
+    with hooked(model.on_leaving(layer - 1, seen.append)):
+        model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=model.up_to(layer - 1))
+    return seen[0]
 
 
 def last_hidden(model: EditableModel, rows: Rows) -> Tensor:
     """The last hidden states [B, T, H]: what is left of the pass, with whatever is hooked in."""
-    return _run(model.only_layers(rows.first_layer, rows.entering_BTH), rows.batch)
+    batch, base = rows.batch, model.only_layers(rows.first_layer, rows.entering_BTH)
+    return model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=base)
 
 
 def target_nll(model: EditableModel, hidden_BTH: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -146,10 +132,8 @@ def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> Gradi
 
         return hook
 
-    with torch.enable_grad(), ExitStack() as stack:
-        for name in weights:
-            handle = module_of(model, name).register_forward_hook(watch(name))
-            stack.callback(handle.remove)
+    handles = [module_of(model, name).register_forward_hook(watch(name)) for name in weights]
+    with torch.enable_grad(), hooked(*handles):
         loss_E, _ = target_nll(model, last_hidden(model, rows), rows)
         deltas = torch.autograd.grad(loss_E.sum(), [seen[name][1] for name in weights])
     factors = {}

@@ -53,13 +53,11 @@ class HypernetworkEditor:
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         """One edit per request, all computed from the unedited model."""
         texts = self.model.encode_targets([(r.text, r.target) for r in requests])
-        edits: dict[int, Edit] = {}
-        for batch in memory.by_length([len(text.ids) for text in texts], self.token_budget):
-            made = make_edits(
-                self.model, self.network, [requests[i] for i in batch], [texts[i] for i in batch]
-            )
-            edits |= zip(batch, made, strict=True)
-        return [edits[i] for i in range(len(requests))]
+        return memory.in_batches(
+            list(zip(requests, texts, strict=True)),
+            memory.by_length([len(text.ids) for text in texts], self.token_budget),
+            lambda part: make_edits(self.model, self.network, *zip(*part, strict=True)),
+        )
 
 
 @torch.no_grad()

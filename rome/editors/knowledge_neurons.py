@@ -21,18 +21,17 @@ of a layer, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import DynamicCache
 
 from rome.data.records import Request
 from rome.edits.deltas import Edit, LowRankDelta, total_norm
-from rome.models import EditableModel, memory, prompts
+from rome.models import EditableModel, caches, memory, prompts
+from rome.models.hooks import hooked
 from rome.settings import configurable
 
 
@@ -90,11 +89,11 @@ class KnowledgeNeurons:
         facts = [self._fact(request) for request in requests]
         budget = self.token_budget // memory.BACKWARD[self.model.device.type]
         lengths = [self.settings.steps * len(fact.prompt) for fact in facts]
-        edits: dict[int, Edit] = {}
-        for batch in memory.by_length(lengths, budget):
-            made = self._edit([requests[i] for i in batch], [facts[i] for i in batch])
-            edits |= zip(batch, made, strict=True)
-        return [edits[i] for i in range(len(requests))]
+        return memory.in_batches(
+            list(zip(requests, facts, strict=True)),
+            memory.by_length(lengths, budget),
+            lambda part: self._edit(*zip(*part, strict=True)),
+        )
 
     def _fact(self, request: Request) -> _Fact:
         if request.target_true is None:
@@ -144,31 +143,21 @@ class KnowledgeNeurons:
         entering: list[Tensor] = []
         activation: list[Tensor] = []
 
-        def on_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_ETD = args[0] if args else kwargs["hidden_states"]
+        def on_layer(hidden_ETD: Tensor) -> None:
             entering.append(hidden_ETD[:, -1].to(model.device))
 
         def on_neurons(neurons_ETK: Tensor) -> None:
             activation.append(neurons_ETK[:, -1].to(model.device))
 
-        cache = DynamicCache()
-        cached: list[Any] = cache.layers
-        with ExitStack() as stack:
-            for i, layer in enumerate(model.layers):
-                stack.callback(layer.register_forward_pre_hook(on_layer, with_kwargs=True).remove)
-                stack.callback(self._hook(i, on_neurons).remove)
-            hidden_ETD = model.base(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.mask_BT,
-                position_ids=batch.positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        cache, layers = caches.recording(), range(len(model.layers))
+        hooks = [model.on_entering(layer, on_layer) for layer in layers]
+        with hooked(*hooks, *(self._hook(layer, on_neurons) for layer in layers)):
+            hidden_ETD = model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, cache)
         return _Observed(
             batch,
             torch.stack(activation),
             torch.stack(entering),
-            [(layer.keys[..., :-1, :], layer.values[..., :-1, :]) for layer in cached],
+            [(keys[..., :-1, :], values[..., :-1, :]) for keys, values in caches.recorded(cache)],
             model.logits(hidden_ETD[:, -1]).argmax(1),
         )
 
@@ -194,23 +183,22 @@ class KnowledgeNeurons:
         share_S = torch.linspace(0, 1, S, dtype=wide, device=model.device)
         scaled_BK = (activation_EK[:, None] * share_S[:, None]).flatten(0, 1).requires_grad_()
 
-        cache = DynamicCache()
-        for i, (keys, values) in enumerate(seen.prefix):
-            cache.update(keys, values, i)
-        cache.batch_repeat_interleave(S)
-        entering_ED = seen.entering_LED[layer]
-        entering_B1D = entering_ED.repeat_interleave(S, dim=0)[:, None] if layer > 0 else None
-        hook = self._hook(layer, lambda neurons_B1K: scaled_BK[:, None].to(neurons_B1K))
-        try:
-            hidden_B1D = model.only_layers(layer, entering_B1D)(
-                input_ids=seen.batch.ids_BT[:, -1:].repeat_interleave(S, dim=0),
-                attention_mask=seen.batch.mask_BT.repeat_interleave(S, dim=0),
-                position_ids=seen.batch.positions_BT[:, -1:].repeat_interleave(S, dim=0),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        finally:
-            hook.remove()
+        def rows(x_E: Tensor) -> Tensor:
+            return x_E.repeat_interleave(S, dim=0)
+
+        prefix = [(rows(keys), rows(values)) for keys, values in seen.prefix]
+        cache = caches.with_prefix(prefix, seen.batch.ids_BT.shape[1] - 1)
+        base = model.only_layers(
+            layer, rows(seen.entering_LED[layer])[:, None] if layer > 0 else None
+        )
+        with hooked(self._hook(layer, lambda neurons_B1K: scaled_BK[:, None].to(neurons_B1K))):
+            hidden_B1D = model.run(
+                rows(seen.batch.ids_BT[:, -1:]),
+                rows(seen.batch.mask_BT),
+                rows(seen.batch.positions_BT[:, -1:]),
+                cache,
+                base,
+            )
         probabilities_ESV = model.logits(hidden_B1D[:, 0]).softmax(1).unflatten(0, (-1, S))
         wanted = [probabilities_ESV[e][:, fact.true].mean(1).sum() for e, fact in enumerate(facts)]
         (gradient_BK,) = torch.autograd.grad(torch.stack(wanted).sum(), scaled_BK)

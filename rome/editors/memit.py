@@ -7,10 +7,9 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from rome.editors.values import Value, ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta, applied, total_norm, written
 from rome.models import EditableModel, memory, prompts
 from rome.models.families import UnsupportedModelError
+from rome.models.hooks import hooked
 from rome.second_moment import Solver
 from rome.settings import configurable
 
@@ -119,13 +119,15 @@ class Memit:
         current_ED = self._observe(last, chosen, [Edit(r) for r in requests])[1]
         device = self.model.device.type
         budget = self.token_budget // memory.BACKWARD[device]
-        found: dict[int, Value] = {}
-        for batch in contexts.batches(chosen, budget, device):
-            observed = contexts.observe(self.model, last, [chosen[i] for i in batch])
-            stream = replace(observed, output_ERD=current_ED[batch, None])
-            made = values.optimise(self.model, last, stream, self.settings.value)
-            found |= zip(batch, made, strict=True)
-        return [found[i] for i in range(len(chosen))]
+
+        def optimise(part: Sequence[tuple[Contexts, Tensor]]) -> list[Value]:
+            observed = contexts.observe(self.model, last, [one for one, _ in part])
+            current_E1D = torch.stack([current_D for _, current_D in part])[:, None]
+            stream = replace(observed, output_ERD=current_E1D)
+            return values.optimise(self.model, last, stream, self.settings.value)
+
+        items = list(zip(chosen, current_ED, strict=True))
+        return memory.in_batches(items, contexts.batches(chosen, budget, device), optimise)
 
     def _insert(
         self,
@@ -175,49 +177,39 @@ class Memit:
         written, because its rank is that of them all.
         """
         model, last, C = self.model, self.settings.layers[-1], len(self.templates)
-        keys, states = [], []
+        rows = [_until_subject(request) for request in chosen]
+        lengths = [C * max(map(len, of_request)) for of_request in rows]
 
-        def on_down(module: Any, args: tuple[Tensor, ...]) -> None:
-            keys.append(args[0][:, -1])
-
-        def on_layer(module: Any, args: Any, output: Any) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
-            states.append(hidden_BTD[::C, -1])
-
-        with ExitStack() as stack:
+        def run(part: Sequence[tuple[list[list[int]], Edit]]) -> list[tuple[Tensor, Tensor]]:
+            seen: list[Tensor] = []
+            texts = [row for of_request, _ in part for row in of_request]
+            padded = prompts.pad(texts, model.device, [len(row) - 1 for row in texts])
+            per_row = [] if together else [edit for _, edit in part for _ in range(C)]
             down = model.down_projection(layer)
-            stack.callback(down.register_forward_pre_hook(on_down).remove)
-            stack.callback(model.layers[last].register_forward_hook(on_layer).remove)
-            if together:
-                stack.enter_context(written(model, edits[0]))
-            for batch in self._chunks(chosen):
-                rows = [row for i in batch for row in _until_subject(chosen[i])]
-                padded = prompts.pad(rows, model.device, [len(row) - 1 for row in rows])
-                per_row = [] if together else [edits[i] for i in batch for _ in range(C)]
-                with applied(model, per_row):
-                    model.up_to(last)(
-                        input_ids=padded.ids_BT,
-                        attention_mask=padded.mask_BT,
-                        position_ids=padded.positions_BT,
-                        use_cache=False,
-                    )
-        wide = torch.promote_types(model.dtype, torch.float32)
-        keys_ECK = torch.cat(keys).to(model.device, wide).unflatten(0, (-1, C))
-        bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
-        return (bare_EK + sampled_EK) / 2, torch.cat(states).to(model.device, wide)
+            with (
+                hooked(
+                    down.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1])),
+                    model.on_leaving(last, lambda hidden_BTD: seen.append(hidden_BTD[::C, -1])),
+                ),
+                applied(model, per_row),
+            ):
+                batch = padded.ids_BT, padded.mask_BT, padded.positions_BT
+                model.run(*batch, base=model.up_to(last))
+            keys_BK, states_ED = seen
+            return list(zip(keys_BK.unflatten(0, (-1, C)), states_ED, strict=True))
 
-    def _chunks(self, chosen: Sequence[Contexts]) -> Iterator[list[int]]:
-        """Successive requests, at most the budget's tokens together."""
-        batch: list[int] = []
-        longest = 0
-        for i, request in enumerate(chosen):
-            longest = max(longest, *(pivot + 1 for pivot in request.pivots))
-            if batch and (len(batch) + 1) * len(self.templates) * longest > self.token_budget:
-                yield batch
-                batch, longest = [], max(pivot + 1 for pivot in request.pivots)
-            batch.append(i)
-        if batch:
-            yield batch
+        with written(model, edits[0]) if together else nullcontext():
+            found = memory.in_batches(
+                list(zip(rows, edits, strict=True)),
+                memory.by_length(lengths, self.token_budget),
+                run,
+            )
+        wide = torch.promote_types(model.dtype, torch.float32)
+        keys_ECK, states_ED = (
+            torch.stack(x).to(model.device, wide) for x in zip(*found, strict=True)
+        )
+        bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
+        return (bare_EK + sampled_EK) / 2, states_ED
 
 
 def _until_subject(request: Contexts) -> list[list[int]]:

@@ -69,15 +69,10 @@ class Rome:
         """One edit per request, all computed from the unedited model."""
         position = self.settings.position
         chosen = [contexts.contexts(self.model, r, self.templates, position) for r in requests]
-        edits: dict[int, Edit] = {}
         device = self.model.device.type
-        for batch in contexts.batches(chosen, self.token_budget // memory.BACKWARD[device], device):
-            made = memory.in_halves(
-                lambda part: self._edit([requests[i] for i in part], [chosen[i] for i in part]),
-                batch,
-            )
-            edits |= zip(batch, made, strict=True)
-        return [edits[i] for i in range(len(requests))]
+        batches = contexts.batches(chosen, self.token_budget // memory.BACKWARD[device], device)
+        items = list(zip(requests, chosen, strict=True))
+        return memory.in_batches(items, batches, lambda part: self._edit(*zip(*part, strict=True)))
 
     def _edit(self, requests: Sequence[Request], chosen: Sequence[Contexts]) -> list[Edit]:
         model, settings = self.model, self.settings

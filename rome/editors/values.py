@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from rome.editors.contexts import Observed
-from rome.models import EditableModel
+from rome.models import EditableModel, caches
+from rome.models.hooks import hooked
 from rome.settings import configurable
 
 
@@ -46,23 +46,6 @@ class Value:
     clamp_hits: int
 
 
-class _PrefixLayer(DynamicLayer):
-    """A layer's cache that answers with prefix and new tokens but keeps the prefix alone."""
-
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, length: int) -> None:
-        super().__init__()
-        self.prefix, self.length = prefix, length
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        assert self.prefix is not None
-        keys, values = self.prefix
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
 def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor) -> Tensor:
     """The last hidden states [B, S, D] with a delta added to the MLP output at column 0."""
     R = observed.ids_ERS.shape[1]
@@ -74,23 +57,15 @@ def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor
         first_B1D = first_B1D.to(output_BSD.dtype)
         return torch.cat([first_B1D, output_BSD[:, 1:]], dim=1)
 
-    flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
-    layers: list[Any] = [_PrefixLayer(None, P)] * layer + [_PrefixLayer(kv, P) for kv in flat]
-    cache = Cache(layers=layers)
+    prefix = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
+    cache = caches.with_prefix([*[None] * layer, *prefix], P)
     entering = observed.entering_ERSD
-    hook = model.down_projection(layer).register_forward_hook(add_delta)
     base = model.only_layers(layer, None if entering is None else entering.flatten(0, 1))
-    try:
-        hidden_BSD: Tensor = base(
-            input_ids=observed.ids_ERS.flatten(0, 1),
-            attention_mask=observed.mask_ERT.flatten(0, 1),
-            position_ids=observed.positions_ERS.flatten(0, 1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden_BSD
-    finally:
-        hook.remove()
+    ids_BS, mask_BT, positions_BS = (
+        x.flatten(0, 1) for x in (observed.ids_ERS, observed.mask_ERT, observed.positions_ERS)
+    )
+    with hooked(model.down_projection(layer).register_forward_hook(add_delta)):
+        return model.run(ids_BS, mask_BT, positions_BS, cache, base)
 
 
 class _LabelNLL(torch.autograd.Function):

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -190,6 +192,44 @@ class EditableModel:
         if not hasattr(config, "layer_types"):  # The window is that of all layers.
             return windowed
         return {"full_attention": additive(sees_BTT), "sliding_attention": windowed}
+
+    def run(
+        self,
+        ids_BT: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        base: nn.Module | None = None,
+    ) -> Tensor:
+        """One pass: the last hidden states [B, T, D].
+
+        `mask`: of tokens, those in `cache` included, or as `attention_mask` makes it. `cache`: see
+        `rome.models.caches`. `base`: a part of the decoder instead of all of it.
+        """
+        hidden_BTD: Tensor = (base or self.base)(
+            input_ids=ids_BT,
+            attention_mask=mask,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return hidden_BTD
+
+    def on_entering(self, layer: int, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show `see` the hidden states [B, T, D] that enter a layer in each pass."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(args[0] if args else kwargs["hidden_states"])
+
+        return self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def on_leaving(self, layer: int, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show `see` the hidden states [B, T, D] that leave a layer in each pass."""
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            see(output[0] if isinstance(output, tuple) else output)
+
+        return self.layers[layer].register_forward_hook(hook)
 
     def only_layers(self, start: int, injected_BTD: Tensor | None = None) -> nn.Module:
         """The decoder with layers before `start` skipped and `injected_BTD` entering `start`.

@@ -6,18 +6,18 @@ Legend: B rows, T tokens, D hidden size, V vocabulary, k candidates.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from rome.data.records import Request
 from rome.edits.deltas import Edit, applied
-from rome.models import EditableModel, memory, prompts
+from rome.models import EditableModel, caches, memory, prompts
 from rome.settings import configurable
 
 
@@ -58,51 +58,14 @@ def generate(
     What is drawn for a row depends on its tokens, edit, key and the seed only, not on the batch.
     A batch holds at most `_CACHED` times `token_budget` tokens when all its texts are complete.
     """
-    result: list[list[int]] = [[] for _ in rows]
-    cached = _CACHED[model.device.type] * token_budget
-
-    def run(batch: Sequence[int]) -> list[list[int]]:
-        return _generate([rows[i] for i in batch], model, edits, settings)
-
-    for batch in _batches(rows, max(1, cached // settings.max_tokens)):
-        for i, ids in zip(batch, memory.in_halves(run, batch), strict=True):
-            result[i] = ids
-    return result
+    most = max(1, _CACHED[model.device.type] * token_budget // settings.max_tokens)
+    batches = memory.by_length([len(row.ids) for row in rows], math.inf, most)
+    return memory.in_batches(rows, batches, lambda part: _generate(part, model, edits, settings))
 
 
 # Tokens in the cache for one of a forward pass. On a CPU each step reads all weights from memory
 # whatever the rows are, and 320 of them take 1.5 times less each than 80.
 _CACHED = {"cpu": 32, "cuda": 8}
-
-
-def _batches(rows: Sequence[Start], size: int) -> Iterator[list[int]]:
-    """Indices of rows by length, the shortest first, `size` at a time."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    return (order[i : i + size] for i in range(0, len(order), size))
-
-
-class _Growing(DynamicLayer):
-    """A layer's cache with room for all tokens to come, of which none is copied again."""
-
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        super().__init__()
-        B, H, self.used, _ = keys.shape
-        self.room_keys = keys.new_empty(B, H, length, keys.shape[3])
-        self.room_values = values.new_empty(B, H, length, values.shape[3])
-        self.room_keys[:, :, : self.used] = keys
-        self.room_values[:, :, : self.used] = values
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        before, self.used = self.used, self.used + key_states.shape[2]
-        # Rows at the end have left: theirs is the only room that is not written.
-        n = len(key_states)
-        self.room_keys[:n, :, before : self.used] = key_states
-        self.room_values[:n, :, before : self.used] = value_states
-        return self.room_keys[:n, :, : self.used], self.room_values[:n, :, : self.used]
-
-    def get_seq_length(self) -> int:
-        return self.used
 
 
 @torch.inference_mode()
@@ -129,13 +92,8 @@ def _generate(
                 draw_B1 = draws_BT[:n].gather(1, position_B1)
                 ids_BT[:n, column] = _sample(logits_BV, settings.top_k, draw_B1).squeeze(1)
                 column += 1
-                hidden_B1D = model.base(
-                    input_ids=ids_BT[:n, column - 1 : column],
-                    attention_mask=mask_BT[:n, :column],
-                    position_ids=position_B1,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
+                next_B1, seen_BT = ids_BT[:n, column - 1 : column], mask_BT[:n, :column]
+                hidden_B1D = model.run(next_B1, seen_BT, position_B1, cache)
                 logits_BV = model.logits(hidden_B1D[:, 0])
     ends = (lengths[-1] + max(settings.max_tokens - length, 0) for length in lengths)
     return [
@@ -153,18 +111,11 @@ def _prefill(
     distinct = list(place)
     prompt_ids = [ids for _, ids in distinct]
     batch = prompts.pad(prompt_ids, model.device, [len(ids) for ids in prompt_ids])
-    cache = DynamicCache()
-    cached: list[Any] = cache.layers
+    cache = caches.recording()
     with applied(model, [edits[edit] for edit, _ in distinct]):
-        hidden_BTD = model.base(
-            input_ids=batch.ids_BT,
-            attention_mask=batch.mask_BT,
-            position_ids=batch.positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    grown: list[Any] = [_Growing(kv.keys[place_B], kv.values[place_B], length) for kv in cached]
-    return model.logits(hidden_BTD[:, -1])[place_B], Cache(layers=grown)
+        hidden_BTD = model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, cache)
+    spread = [(keys[place_B], values[place_B]) for keys, values in caches.recorded(cache)]
+    return model.logits(hidden_BTD[:, -1])[place_B], caches.with_room(spread, length)
 
 
 def _draws(settings: GenerationSettings, key: tuple[int, ...]) -> Tensor:

@@ -6,15 +6,14 @@ Legend: B rows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from rome.data.records import Record
 from rome.edits.deltas import Edit, applied
-from rome.models import EditableModel, memory, prompts
+from rome.models import EditableModel, caches, memory, prompts
 from rome.scoring import generation
 
 MORE_TOKENS = 3
@@ -34,7 +33,6 @@ class Question:
 
 @dataclass
 class _Row:
-    question: int
     edit: int
     ids: list[int]
     steps: int
@@ -72,23 +70,25 @@ def say(
     space, except within the target itself ("St. Louis"). White space around it goes. A batch holds
     at most `token_budget` tokens, padding included.
     """
-    said = [""] * len(questions)
-    for batch in _batches(_rows(model, questions), token_budget):
-        answers = memory.in_halves(lambda part: _continue(model, part, edits), batch)
-        for row, text in zip(batch, generation.decode(model, answers), strict=True):
-            said[row.question] = until_stop(text, questions[row.question].target)
-    return said
+    rows = _rows(model, questions)
+    # Rows that have about as much to say, and then of about the same length.
+    order = [(row.steps, len(row.ids)) for row in rows]
+    lengths = [len(row.ids) + row.steps for row in rows]
+    batches = memory.by_length(lengths, token_budget, order=order)
+    ids = memory.in_batches(rows, batches, lambda part: _continue(model, part, edits))
+    texts = generation.decode(model, ids)
+    return [until_stop(text, one.target) for text, one in zip(texts, questions, strict=True)]
 
 
 def _rows(model: EditableModel, questions: Sequence[Question]) -> list[_Row]:
     alone = model.encode([question.prompt.rstrip(" ") for question in questions])
     answered = model.encode([prompts.with_target(one.prompt, one.target) for one in questions])
     rows = []
-    for q, (question, prompt, whole) in enumerate(zip(questions, alone, answered, strict=True)):
+    for question, prompt, whole in zip(questions, alone, answered, strict=True):
         steps = len(whole.ids) - prompts.target_start(whole, question.prompt) + MORE_TOKENS
         # The last token that is said needs no place.
         room = model.hf.config.max_position_embeddings - len(prompt.ids) + 1
-        rows.append(_Row(q, question.edit, prompt.ids, min(steps, room)))
+        rows.append(_Row(question.edit, prompt.ids, min(steps, room)))
     return rows
 
 
@@ -99,20 +99,6 @@ def until_stop(text: str, target: str) -> str:
     return text[: stop.end()].rstrip() if stop else text
 
 
-def _batches(rows: list[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    """Rows that have about as much to say, and then of about the same length."""
-    batch: list[_Row] = []
-    longest = 0
-    for row in sorted(rows, key=lambda row: (row.steps, len(row.ids))):
-        longest = max(longest, len(row.ids) + row.steps)
-        if batch and (len(batch) + 1) * longest > token_budget:
-            yield batch
-            batch, longest = [], len(row.ids) + row.steps
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 @torch.inference_mode()
 def _continue(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[int]]:
     """The tokens that follow each row, up to a special one; what is done leaves the batch."""
@@ -120,20 +106,14 @@ def _continue(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit])
     batch = prompts.pad([row.ids for row in rows], model.device, [len(row.ids) for row in rows])
     next_BT, mask_BT, position_BT = batch.ids_BT, batch.mask_BT, batch.positions_BT
     special = set(model.tokenizer.all_special_ids)
-    cache = DynamicCache()
+    cache = caches.recording()
     said: list[list[int]] = [[] for _ in rows]
     left = list(range(len(rows)))
     while left:
         staying = left
         with applied(model, [edits[rows[b].edit] for b in left]):
             while staying == left:
-                hidden_BTD = model.base(
-                    input_ids=next_BT,
-                    attention_mask=mask_BT,
-                    position_ids=position_BT,
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state
+                hidden_BTD = model.run(next_BT, mask_BT, position_BT, cache)
                 next_BT = model.logits(hidden_BTD[:, -1]).argmax(1, keepdim=True)
                 mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
                 position_BT = position_BT[:, -1:] + 1

@@ -76,12 +76,11 @@ def score(
     """
     result = [Score(nan, nan)] * len(queries)
     rows = _rows(model, queries, edits)
-    for batch in memory.by_length([len(row.tree.ids) for row in rows], token_budget):
-        chosen = [rows[i] for i in batch]
-        found = memory.in_halves(lambda part: _score(model, part, edits), chosen)
-        for row, scores in zip(chosen, found, strict=True):
-            for (query, _, _), one in zip(row.answers, scores, strict=True):
-                result[query] = one
+    batches = memory.by_length([len(row.tree.ids) for row in rows], token_budget)
+    found = memory.in_batches(rows, batches, lambda part: _score(model, part, edits))
+    for row, scores in zip(rows, found, strict=True):
+        for (query, _, _), one in zip(row.answers, scores, strict=True):
+            result[query] = one
     return result
 
 
@@ -110,12 +109,8 @@ def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) ->
     sees_BTT = trees.sees([row.tree for row in rows])
     positions_BT = sees_BTT.sum(2) - 1
     with applied(model, [edits[row.edit] for row in rows]):
-        hidden_BTD = model.base(
-            input_ids=ids_BT,
-            attention_mask=model.attention_mask(sees_BTT, positions_BT),
-            position_ids=positions_BT.to(model.device),
-            use_cache=False,
-        ).last_hidden_state
+        mask = model.attention_mask(sees_BTT, positions_BT)
+        hidden_BTD = model.run(ids_BT, mask, positions_BT.to(model.device))
     places = [
         (b, t, token)
         for b, row in enumerate(rows)
