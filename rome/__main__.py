@@ -120,7 +120,9 @@ def _load(source: str, dtype: str | None) -> tuple[EditableModel, dict[str, dict
     if path.exists():
         config |= yaml.safe_load(path.read_text("utf-8"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = models.load(config["source"], dtype or config["dtype"], device, config.get("name"))
+    chosen = dtype or config["dtype"]
+    models.use_precision(chosen)
+    loaded = models.load(config["source"], chosen, device, config.get("name"))
     return loaded, config.get("editors", {})
 
 

@@ -40,6 +40,7 @@ from rounds import (
     run_oracle,
 )
 
+from rome import models
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit
 from rome.evaluation import TOKEN_BUDGETS
@@ -61,9 +62,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """tf32 for what runs in the block, where that is the dtype."""
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    models.use_precision(dtype)
     yield
-    torch.set_float32_matmul_precision("highest")
+    models.use_precision("float32")
 
 
 def useful_work(made: Bench, stages: Sequence[str], engine: Round) -> dict[str, flops.Work]:

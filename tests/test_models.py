@@ -185,3 +185,32 @@ def test_cudnn_attention_is_off_in_a_pass_and_then_as_before(enabled: bool) -> N
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625)]
+)
+def test_a_head_that_changes_logits_is_refused(setting: str, value: float) -> None:
+    config = tiny.config("llama", 420)
+    assert families.family_of(config) is FAMILIES["llama"]
+    setattr(config, setting, value)
+    with pytest.raises(UnsupportedModelError, match=f"{setting} must be .* got {value}"):
+        families.family_of(config)
+
+
+def test_loading_leaves_the_precision_of_this_process_alone(tmp_path: Path) -> None:
+    model = tiny.model("gpt2", "float32")
+    model.hf.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for dtype, chosen in (("tf32", "highest"), ("float32", "high")):
+            torch.set_float32_matmul_precision(chosen)
+            models.load(str(tmp_path), dtype)
+            assert torch.get_float32_matmul_precision() == chosen
+        models.use_precision("tf32")
+        assert torch.get_float32_matmul_precision() == "high"
+        models.use_precision("bfloat16")
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)

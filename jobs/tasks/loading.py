@@ -12,4 +12,5 @@ def load_model(config: ModelConfig) -> EditableModel:
     device = config.device
     if device == "auto" and (gpus := torch.cuda.device_count()) < 2:
         device = "cuda" if gpus else "cpu"
+    models.use_precision(config.dtype)  # This process computes with this model only.
     return models.load(config.source, config.dtype, device, config.name)

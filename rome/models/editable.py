@@ -291,12 +291,17 @@ def checksum(tensor: Tensor) -> int:
 _CHECKSUM_CHUNK = 1 << 22
 
 
+def use_precision(dtype: str) -> None:
+    """Let a GPU round products of float32 to ten bits in this process, if `dtype` is `tf32`."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+
+
 def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) -> EditableModel:
     """Load a model from a hub id, a local folder, a GGUF file or a packaged GGUF.
 
     `source`: `gpt2-xl`, `/models/llama`, `model.gguf` or `package:NAME/FILE.gguf` (a file inside an
     installed package). `dtype`: one of DTYPES, never chosen by the checkpoint; `tf32` is float32
-    whose products a GPU may round to ten bits, in this process until the next model is loaded.
+    for a process that called `use_precision`.
     `device`: as torch names it, or `auto`: layer by layer over all GPUs that this process sees.
     Weights are memory-mapped from safetensors, so workers on one node share their pages.
     Raises UnsupportedModelError, or ValueError for an unknown dtype, a missing file, or a model
@@ -304,7 +309,6 @@ def load(source: str, dtype: str, device: str = "cpu", name: str | None = None) 
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got '{dtype}'")
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     path = transformers_path(source)
     hf: Any = AutoModelForCausalLM.from_pretrained(
         path,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Where a family of models keeps what an editor needs, as attribute paths.
 
@@ -29,40 +29,40 @@ class Family:
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _LLAMA = Family(
-    "model",
-    "layers",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    tuple(f"self_attn.{name}" for name in _QKV),
-    "self_attn.o_proj",
+    base="model",
+    layers="layers",
+    up_projection="mlp.up_proj",
+    down_projection="mlp.down_proj",
+    attention=tuple(f"self_attn.{name}" for name in _QKV),
+    attention_output="self_attn.o_proj",
     gated=True,
 )
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        "transformer",
-        "h",
-        "mlp.c_fc",
-        "mlp.c_proj",
-        ("attn.c_attn",),
-        "attn.c_proj",
+        base="transformer",
+        layers="h",
+        up_projection="mlp.c_fc",
+        down_projection="mlp.c_proj",
+        attention=("attn.c_attn",),
+        attention_output="attn.c_proj",
         transposed=True,
     ),
     "gptj": Family(
-        "transformer",
-        "h",
-        "mlp.fc_in",
-        "mlp.fc_out",
-        tuple(f"attn.{name}" for name in _QKV),
-        "attn.out_proj",
+        base="transformer",
+        layers="h",
+        up_projection="mlp.fc_in",
+        down_projection="mlp.fc_out",
+        attention=tuple(f"attn.{name}" for name in _QKV),
+        attention_output="attn.out_proj",
     ),
     "gpt_neox": Family(
-        "gpt_neox",
-        "layers",
-        "mlp.dense_h_to_4h",
-        "mlp.dense_4h_to_h",
-        ("attention.query_key_value",),
-        "attention.dense",
+        base="gpt_neox",
+        layers="layers",
+        up_projection="mlp.dense_h_to_4h",
+        down_projection="mlp.dense_4h_to_h",
+        attention=("attention.query_key_value",),
+        attention_output="attention.dense",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -74,14 +74,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Logits are computed as hidden states times the head. These settings change them after that, unless
+# they have the value that does nothing.
+_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
 class UnsupportedModelError(ValueError):
-    """The model has no single MLP down-projection per layer that this project knows."""
+    """The model computes something that this project does not know."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a model, by its config.
 
-    Raises UnsupportedModelError for mixtures of experts and for unknown types.
+    Raises UnsupportedModelError for mixtures of experts, unknown types, and settings that change
+    logits after the head.
     """
     kind = config.model_type
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -95,4 +101,10 @@ def family_of(config: PretrainedConfig) -> Family:
             f"model type must be one of {', '.join(sorted(FAMILIES))}, got '{kind}'; a dense "
             "decoder with one MLP down-projection can be added to rome.models.families.FAMILIES"
         )
+    for name, neutral in _HEAD.items():
+        if (value := getattr(config, name, neutral)) not in (None, neutral):
+            raise UnsupportedModelError(
+                f"{name} must be {neutral}, because logits are computed as hidden states times the "
+                f"head, got {value}; choose a model without it"
+            )
     return FAMILIES[kind]
