@@ -24,7 +24,7 @@ from cluster.worker import Booted, Report
 BOOT_FAILURES = 4
 """A run in which nothing works ends when one worker has failed to boot this often in a row."""
 STOP_SECONDS = 25.0
-"""How long leases in flight may go on after SIGINT or SIGTERM: 30 s, less what an end takes."""
+"""Seconds that leases in flight have after SIGINT or SIGTERM: 30, less the time to end."""
 LOOK_SECONDS = 2.0
 """Between two looks at the cluster's nodes."""
 SLOW = 2.0
@@ -88,7 +88,7 @@ class Driver:
                 slot.end()
 
     def _look(self) -> None:
-        """Which nodes are there and which are about to leave; more slots for more nodes."""
+        """Look at the nodes: those that are there, those about to leave; add slots for new ones."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._looked = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run tells Prometheus, through ray.util.metrics, from the driver alone.
+"""The metrics of a run for Prometheus, sent by the driver through ray.util.metrics.
 
 Ray exports every name below with the prefix `ray_`, and counters with the suffix `_total`, on the
 metrics port of the driver's node. Every series has the tag `run`.
@@ -63,7 +63,7 @@ class Metrics:
         self._copies.inc(1, self._run)
 
     def now(self, *, left: int, in_flight: int, pending: int, ready: int, wanted: int) -> None:
-        """How things stand."""
+        """Report the current state."""
         for gauge, value in (
             (self._left, left),
             (self._in_flight, in_flight),

@@ -1,4 +1,4 @@
-"""What Ray knows of the nodes that a run has, and how a worker is placed on them."""
+"""The nodes of a run as Ray knows them, and the placement of workers on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def worker_options(settings: RunSettings) -> dict[str, Any]:
 
 
 def workers_that_fit(settings: RunSettings) -> int:
-    """How many workers the nodes of the cluster have room for, whoever uses it now."""
+    """The number of workers that the cluster's nodes have room for, whoever uses it now."""
     needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
     return sum(
         # The small term is for fractions: 1 // 0.1 is 9.
@@ -43,7 +43,7 @@ def draining_nodes() -> set[str]:
 
 
 def node_was_lost(error: BaseException) -> bool:
-    """Whether an actor died because its node did, and not because of what it did.
+    """True if an actor died because its node did, and not because of its own work.
 
     Before Ray is sure of a node's death, its actors are unavailable: nobody there says how they
     ended, while a living node reports the end of a process at once.

@@ -125,7 +125,7 @@ def read_parts(store: Store, names: Sequence[str]) -> Found:
 
 
 class LeaseTable:
-    """Which leases wait and which worker has which; plain Python, kept by the driver.
+    """The leases that wait and the leases of each worker; plain Python, kept by the driver.
 
     A worker does its leases in the order it got them. A lease of many records that failed or was
     lost is split into leases of one record; one of those that failed `max_attempts` times is
@@ -150,7 +150,7 @@ class LeaseTable:
         self._store, self._grid, self._max_attempts = store, grid, max_attempts
         self.total = len(grid) * len(groups)
         self.set_aside: list[str] = []
-        """Where damaged parts are now."""
+        """The new places of damaged parts."""
         found = self._read(
             [name for group in groups for name in store.list(f"{group}/part-", ".parquet")]
         )
@@ -250,7 +250,7 @@ class LeaseTable:
         return None
 
     def _committed(self, lease: Lease) -> bool:
-        """Whether the store now has every row of a lease: in its own part or in parts of one."""
+        """True if the store has every row of a lease: in its own part or in parts of one."""
         names = {one.part for one in (lease, *lease.singles())}
         self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
         return self.done.issuperset(self._keys(lease))
@@ -261,7 +261,7 @@ class LeaseTable:
         return found
 
     def _elsewhere(self, lease: Lease) -> bool:
-        """Whether some worker still has a lease."""
+        """True if some worker still has a lease."""
         return lease in self._copied and any(lease in queue for queue in self._queues.values())
 
     def _mark(self, errors: Mapping[Key, str | None]) -> None:
@@ -276,7 +276,7 @@ class LeaseTable:
             self.done.add(key)
 
     def _rest(self, whole: Lease) -> list[Lease]:
-        """What is left of a lease of the grid: all of it, or single records of it."""
+        """The rest of a lease of the grid: all of it, or single records of it."""
         keys = self._keys(whole)
         if self.done.isdisjoint(keys) and self._retrying.isdisjoint(keys):
             return [whole]

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FAILURES = (LockedError, RunError, RayError)
-"""What `run`, `once` and `stream` raise beside ValueError and OSError."""
+"""The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
 
 DeadRow = Callable[[Lease, str, int], pa.Table]
 """Makes the one row of a dead letter from its lease of one record, the error, and the attempts."""
@@ -48,7 +48,7 @@ DeadRow = Callable[[Lease, str, int], pa.Table]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is in the store after a run, read from the store."""
+    """The outcome of a run, read from the store."""
 
     done: int
     """Records with a row, dead letters among them."""
@@ -140,13 +140,13 @@ def run(
 
 
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
-    """What a function answers where a worker of these settings would run. Raises RayError."""
+    """Call a function in a worker of these settings and return its answer. Raises RayError."""
     ensure_ray(settings)
     return ray.get(ray.remote(function).options(**worker_options(settings)).remote(*args))
 
 
 def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Iterator[Any]:
-    """What a generator function yields where a worker of these settings would run, as it comes.
+    """Run a generator function in a worker of these settings and yield its values as they come.
 
     Ends early after SIGINT or SIGTERM. Raises RayError.
     """

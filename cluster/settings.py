@@ -1,4 +1,4 @@
-"""How a run uses the cluster."""
+"""Settings of a run's use of the cluster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How a run uses the cluster; none of it changes a result."""
+    """Settings of a run's use of the cluster; none of them changes a result."""
 
     workers: int | Literal["auto"] = "auto"
     """`"auto"`: as many as fit into the cluster, also when it grows. Of a number, those that do not
@@ -17,7 +17,7 @@ class RunSettings:
     num_gpus: float = 0
     """Of one worker; a fraction shares a GPU. With 0, the worker sees no GPU."""
     max_attempts: int = 3
-    """How often a record may fail while alone before it becomes a dead letter."""
+    """Failures of a record in a lease of its own before it becomes a dead letter."""
     in_flight: int = 2
     """Leases that a worker has at a time: one that it does and the next ones."""
     record_seconds: float = 600

@@ -31,7 +31,7 @@ class DamagedError(ValueError):
 
 
 def patiently(call: Callable[[], _T], seconds: float) -> _T:
-    """What `call` answers, asked again for so long while it raises StoreError."""
+    """Call again while StoreError is raised, for so many seconds, and return the answer."""
     deadline, pause = time.monotonic() + seconds, 0.2
     while True:
         try:

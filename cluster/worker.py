@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """What a worker does. Built once in each worker process, where it may pin a model."""
+    """The work of a worker. Built once in each worker process, where it may pin a model."""
 
     def describe(self) -> dict[str, Any]:
         """Facts that must be the same in every worker of a run, such as a model's fingerprint."""
@@ -56,7 +56,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Booted:
-    """What `Worker.boot` found: the task's facts and its node, or why there is no task."""
+    """The answer of `Worker.boot`: the task's facts and its node, or why there is no task."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     node: str = ""
@@ -66,7 +66,7 @@ class Booted:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a lease; it is sent after the commit.
+    """The outcome of a lease; it is sent after the commit.
 
     errors: the committed dead letters by case id. failure: why nothing was committed, through whose
     fault `blame` says: that of a record, of the worker, which must not be used again, or of the

@@ -1,4 +1,4 @@
-"""What the jobs' command lines have in common: how they are made, fail, and end."""
+"""Shared parts of the command lines: messages, errors, exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run stands: python -m jobs.status RUN_DIR
+"""Print how far a run is: python -m jobs.status RUN_DIR
 
 From what is in the store alone, on any machine that sees it; the driver is not asked.
 """
@@ -22,7 +22,7 @@ from jobs.runs import manifests
 from jobs.runs.parts import hive_values
 
 RECENT = timedelta(minutes=10)
-"""What was committed in the last so long of a run tells its rate and its workers."""
+"""Rate and workers come from the parts committed in so long before the last one."""
 SILENT = 30.0
 """A driver that has not written its lock for so many seconds is probably dead."""
 SHOWN = 5
@@ -33,7 +33,7 @@ app = cli.new_app()
 
 @dataclass(frozen=True)
 class Status:
-    """What the store holds of a run."""
+    """The state of a run in its store."""
 
     name: str
     total: int

@@ -117,7 +117,7 @@ def _fact(row: dict[str, Any]) -> str:
 
 
 def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the raters say, without those who fail an attention check.
+    """Tally the answers of raters, without those who fail an attention check.
 
     Per question of QUESTIONS: see `rome.analysis.raters.verdict`. And `raters` and `left_out`,
     their names.

@@ -105,7 +105,7 @@ def show(
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What the user did wrong, without a traceback."""
+    """Print an error of the user without a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

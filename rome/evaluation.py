@@ -20,12 +20,12 @@ from rome.settings import configurable
 
 @configurable()
 class ScoringSettings:
-    """How edits are scored."""
+    """Settings of scoring."""
 
     generation: GenerationSettings | None = field(default_factory=GenerationSettings)
     """Null writes no texts, and so has no GE and RS."""
     strict: bool = True
-    """What the model says greedily, beside the probabilities: ES_strict, PS_strict, NS_strict."""
+    """Also decode greedy answers: ES_strict, PS_strict, NS_strict."""
     neighborhood_plus: bool = True
     """The neighborhood prompts once more, each after the edited sentence: NS_plus."""
     reversed: bool = True

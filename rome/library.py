@@ -1,4 +1,4 @@
-"""What `from rome import ...` adds to the modules: one fact edited, and texts continued, by a call.
+"""Behind `from rome import ...`: edit one fact, and continue texts, by one call each.
 
 A run over many records goes through the editors and `rome.evaluation` instead.
 """
@@ -49,12 +49,12 @@ def edit(
         if editor != "rome":
             raise ValueError(
                 f"{editor} needs the second moments of layers {layers}: give their files, with "
-                "{layer} in the name; jobs.second_moment makes them"
+                "{layer} in the name"
             )
         chosen = replace(chosen, second_moment=False)
         warnings.warn(
             f"ROME takes the identity for C of layer {layers[0]}, so the edit may change more than "
-            "it should; give the file of a second moment, which jobs.second_moment makes",
+            "it should; give the file of a second moment",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""Where the project's own files lie, in a checkout and in an installed package."""
+"""Paths of the project's own files, in a checkout and in an installed package."""
 
 from __future__ import annotations
 

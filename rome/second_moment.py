@@ -31,7 +31,7 @@ class UnsolvableError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a second moment was computed from."""
+    """The model and corpus behind a second moment."""
 
     model: str
     model_fingerprint: str
@@ -161,7 +161,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:
             metadata: dict[str, str] = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
-            f"{os.fspath(path)} is damaged ({error}). Delete it and run jobs.second_moment again."
+            f"{os.fspath(path)} is damaged ({error}). Delete it and compute it again."
         ) from error
     if {"second_moment", "count"} <= tensors.keys():
         count = int(tensors["count"])
@@ -169,14 +169,14 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:
     if not {"sum", "count"} <= tensors.keys() or "fingerprint" not in metadata:
         raise ValueError(
             f"{os.fspath(path)} is not a second moment: it holds {sorted(tensors)}, expected 'sum' "
-            "and 'count' with their origin. Write it with jobs.second_moment."
+            "and 'count' with their origin. Write it with rome.second_moment.save."
         )
     moment = _checked(SecondMoment(tensors["sum"], int(tensors["count"])), path)
     if moment.fingerprint() != metadata["fingerprint"]:
         raise ValueError(
             f"{os.fspath(path)} is damaged: its numbers have the fingerprint "
             f"{moment.fingerprint()}, it says {metadata['fingerprint']}. "
-            "Delete it and run jobs.second_moment again."
+            "Delete it and compute it again."
         )
     return moment, Origin(**json.loads(metadata["origin"]))
 
@@ -245,6 +245,6 @@ def _what_is_lacking(moment: SecondMoment) -> str:
     return (
         f"the second moment cannot be solved: {moment.count} tokens span {rank} of {key_size} key "
         f"dimensions. It needs at least {key_size - rank} more tokens, and ten times {key_size} in "
-        "all are advisable. Run jobs.second_moment with a larger corpus, or edit without the "
+        "all are advisable. Take a larger corpus, or edit without the "
         "second moment."
     )

@@ -32,7 +32,7 @@ OnPart = Callable[[Part, int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a restored run restores, and what it severs at the restored token.
+    """The states that a restored run restores, and those that it severs at the restored token.
 
     A severed part answers there, in every layer, as it does in the corrupted run (Figure 3, right).
     """
@@ -52,7 +52,7 @@ KINDS = {
 
 @configurable(samples=1, noise=0, window=1)
 class TraceSettings:
-    """How facts are traced; the defaults are the paper's."""
+    """Settings of causal tracing; the defaults are the paper's."""
 
     samples: int = 10
     """Corrupted runs of a fact."""
@@ -93,7 +93,7 @@ class Trace:
     """Indices of the subject's tokens."""
     answer: str
     known: bool
-    """Whether the answer is the first token of the attribute; if not, nothing is restored."""
+    """True if the answer is the first token of the attribute; if not, nothing is restored."""
     clean: float
     corrupted: float | None = None
     restored: list[list[float] | None] | None = None
@@ -169,7 +169,7 @@ def _attribute_start(model: EditableModel, fact: KnownFact, tokens: int) -> int 
 
 @dataclass
 class Observed:
-    """What the clean run and the corrupted ones computed, by layer."""
+    """States of the clean run and of the corrupted ones, by layer."""
 
     ids: list[int]
     entering: list[Tensor]

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from rome import second_moment, tracing
 from rome.data.records import Record, Request
-from rome.editors import Editor, Unedited, gradients, hypernetwork
+from rome.editors import EDITORS as REGISTRY
+from rome.editors import Editor, Resources, Unedited, gradients, hypernetwork
 from rome.editors.fine_tuning import (
     AttentionSettings,
     ConstrainedSettings,
@@ -34,7 +35,7 @@ from rome.editors.mend import MendNetwork, MendSettings
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.training import Example, Trainer, TrainingSettings
 from rome.editors.values import ValueSettings
-from rome.edits.deltas import dense
+from rome.edits.deltas import Edit, LowRankDelta, dense
 from rome.edits.sequences import Grouping, grouped
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
@@ -42,7 +43,8 @@ from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver
 from rome.tracing import KnownFact, TraceSettings
 
-FAMILIES = ("gpt2", "gptj", "llama", "mistral")
+MAIN = ("gpt2", "gptj", "llama")
+FAMILIES = (*MAIN, "mistral")
 BUDGET = 300  # All the requests do not fit into one batch.
 
 # KL is on in all; one clamps, one stops some edits early, and layer 0 has no layer before it.
@@ -284,3 +286,35 @@ def _apart(a: Any, b: Any) -> float:
     else:
         return 0.0 if a == b else math.inf
     return apart / max(size, _SMALL) if math.isfinite(apart) else math.inf
+
+
+def random_edits(model: EditableModel, layers: Sequence[int] = (0, 1)) -> list[Edit]:
+    """One edit of nothing, and edits of rank one and two of one or two layers."""
+    generator = torch.Generator().manual_seed(2)
+
+    def delta(rank: int) -> LowRankDelta:
+        left, right = (torch.randn(n, rank, generator=generator) for n in (16, 40))
+        return LowRankDelta(left.to(model.dtype), right.to(model.dtype))
+
+    names = [model.weight_name(layer) for layer in layers]
+    return [
+        Edit(REQUESTS[0]),
+        Edit(REQUESTS[1], {names[0]: delta(1)}),
+        Edit(REQUESTS[2], {names[1]: delta(2)}),
+        Edit(REQUESTS[3], {name: delta(1) for name in names}),
+    ]
+
+
+_FEW_STEPS: dict[str, dict[str, Any]] = {
+    "rome": {"layer": 1, "second_moment": False},
+    "ft": {"layer": 1, "steps": 2},
+    "memit": {"layers": (0, 1)},
+}
+
+
+def few_steps(model: EditableModel, editor: str) -> list[Edit]:
+    """Edits of all the requests by an editor of the registry, quickly."""
+    kind = REGISTRY[editor]
+    solver = Solver(SecondMoment(torch.eye(40, dtype=torch.float64) / 100, 40))
+    resources = Resources(model, TEMPLATES, lambda layer: solver, 400)
+    return kind.build(resources, kind.settings(**_FEW_STEPS[editor])).edit(REQUESTS)

@@ -8,7 +8,7 @@ edited in place, and the optimiser is torch's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rome.data.records import Request
 from rome.editors.rome import RomeSettings
-from rome.edits.deltas import Edit, LowRankDelta
+from rome.edits.deltas import Edit, LowRankDelta, dense
 from rome.models import EditableModel
 
 
@@ -200,3 +200,19 @@ def rank_one(edit: Edit) -> LowRankDelta:
     (delta,) = edit.deltas.values()
     assert isinstance(delta, LowRankDelta)
     return delta
+
+
+def parts(edit: Edit) -> tuple[Tensor, Tensor]:
+    delta = rank_one(edit)
+    return delta.left_DR[:, 0], delta.right_KR[:, 0]
+
+
+@contextmanager
+def changed(model: EditableModel, edit: Edit) -> Iterator[None]:
+    """The model with an edit of layers 0 and 1 written into its weights, then as it was."""
+    with ExitStack() as stack:
+        for layer in (0, 1):
+            if delta := edit.deltas.get(model.weight_name(layer)):
+                change_DK = dense(delta)
+                stack.enter_context(edited(model, layer, change_DK))
+        yield

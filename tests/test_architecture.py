@@ -72,3 +72,10 @@ def test_the_picture_shows_every_module_and_no_other() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / link).exists(), link
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them use is in a helper beside them."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        used = {full.split(".")[0] for full in imports(path)}
+        assert not any(name.startswith("test_") for name in used), path.name

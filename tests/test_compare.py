@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from parts_of_runs import result_rows, write_part
 from scipy.stats import binomtest
-from test_reduce import result_rows, write_part
 from typer.testing import CliRunner, Result
 
 from jobs.compare import app

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from test_rome import close
-from tiny import REQUESTS
+from tiny import REQUESTS, close
 from torch import Tensor
 
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written

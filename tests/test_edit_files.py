@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
 import tiny
 import torch
+from computations import few_steps
 from safetensors.torch import load_file, save_file
 from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
@@ -23,26 +23,11 @@ from jobs.runs.config import RunConfig
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
 from rome.data.results import TOLD_KINDS
-from rome.editors import EDITORS, Resources
 from rome.edits import files as edit_files
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, applied
 from rome.edits.files import Origin
 from rome.models import EditableModel
 from rome.options import ConfigError
-from rome.second_moment import SecondMoment, Solver
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "rome": {"layer": 1, "second_moment": False},
-    "ft": {"layer": 1, "steps": 2},
-    "memit": {"layers": (0, 1)},
-}
-
-
-def made(model: EditableModel, editor: str) -> list[Edit]:
-    kind = EDITORS[editor]
-    solver = Solver(SecondMoment(torch.eye(40, dtype=torch.float64) / 100, 40))
-    resources = Resources(model, TEMPLATES, lambda layer: solver, 400)
-    return kind.build(resources, kind.settings(**SETTINGS[editor])).edit(REQUESTS)
 
 
 def tensors(edit: Edit) -> dict[str, Tensor]:
@@ -62,7 +47,7 @@ def logits(model: EditableModel, edit: Edit) -> Tensor:
 @pytest.mark.parametrize("editor", ["rome", "memit", "ft"])
 def test_an_edit_comes_back_as_it_was_written(family: str, editor: str, tmp_path: Path) -> None:
     model = tiny.model(family)
-    edit = made(model, editor)[1]
+    edit = few_steps(model, editor)[1]
     edit_files.save(tmp_path / "new" / "edit.safetensors", edit, model, editor)
     # Into another process's model, so to speak.
     again = tiny.model(family)
@@ -80,7 +65,7 @@ def test_an_edit_comes_back_as_it_was_written(family: str, editor: str, tmp_path
 
 def test_other_programs_find_the_factors_under_the_names_of_the_weights(tmp_path: Path) -> None:
     model = tiny.model("llama")
-    edit_files.save(tmp_path / "edit.safetensors", made(model, "rome")[0], model, "rome")
+    edit_files.save(tmp_path / "edit.safetensors", few_steps(model, "rome")[0], model, "rome")
     shapes = {name: list(t.shape) for name, t in load_file(tmp_path / "edit.safetensors").items()}
     name = "model.layers.1.mlp.down_proj.weight"
     assert shapes == {f"{name}/0/left": [16, 1], f"{name}/0/right": [40, 1]}
@@ -101,7 +86,7 @@ def test_what_edits_share_is_stored_once() -> None:
 def test_an_edit_is_refused_on_other_weights(tmp_path: Path) -> None:
     path = tmp_path / "edit.safetensors"
     model = tiny.model("gpt2")
-    edit_files.save(path, made(model, "rome")[0], model, "rome")
+    edit_files.save(path, few_steps(model, "rome")[0], model, "rome")
     for other in (tiny.model("gpt2", "float32"), tiny.model("llama")):
         with pytest.raises(ValueError, match=r"of gpt2 with the weights \w{16}, but .* make the"):
             edit_files.load(path, other)
@@ -138,7 +123,7 @@ def test_an_edit_is_refused_on_other_shapes(
 def test_a_damaged_or_foreign_file_says_so(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     path = tmp_path / "edit.safetensors"
-    edit_files.save(path, made(model, "rome")[0], model, "rome")
+    edit_files.save(path, few_steps(model, "rome")[0], model, "rome")
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="damaged"):
         edit_files.load(path, model)

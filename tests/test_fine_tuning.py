@@ -9,9 +9,8 @@ import oracle
 import pytest
 import tiny
 import torch
-from computations import ATTENTION, CONSTRAINED, FREE
+from computations import ATTENTION, CONSTRAINED, FREE, MAIN
 from oracle_fine_tuning import Outcome, fine_tune
-from test_rome import MAIN
 from tiny import REQUESTS
 
 from rome.data.records import Request

@@ -63,6 +63,7 @@ def test_other_errors_are_not_retried(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # A step of training takes its examples together: their gradient is one number after another.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in COMPUTATIONS if not name.startswith("train")])
 @pytest.mark.usefixtures("one_thread")
 def test_every_computation_goes_on_item_by_item(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_rome import close
+from tiny import close
 from transformers import AutoConfig
 
 from rome import models

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from computations import few_steps
 from peft import PeftModel
-from test_edit_files import made
 from tiny import REQUESTS
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def test_an_adapter_gives_the_logits_of_the_edit(
     family: str, editor: str, dtype: str, tmp_path: Path
 ) -> None:
     model = tiny.model(family, dtype)
-    check(model, made(model, editor)[1], tmp_path)
+    check(model, few_steps(model, editor)[1], tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (1, 1)
     assert config["fan_in_fan_out"] == (family == "gpt2")
@@ -72,7 +72,7 @@ def test_ranks_may_differ_between_weights(tmp_path: Path) -> None:
 def test_what_is_no_low_rank_change_is_refused(tmp_path: Path) -> None:
     model = tiny.model("gpt2")
     with pytest.raises(ValueError, match=r"all of transformer\.h\.1\.mlp\.c_proj\.bias, "):
-        peft_export.export(tmp_path / "dense", made(model, "ft")[0], model)
+        peft_export.export(tmp_path / "dense", few_steps(model, "ft")[0], model)
     with pytest.raises(ValueError, match="changes no weight"):
         peft_export.export(tmp_path / "none", Edit(REQUESTS[0]), model)
     assert list(tmp_path.iterdir()) == []

@@ -13,93 +13,16 @@ import numpy as np
 import polars as pl
 import pytest
 from browser import LAPTOP, PHONE, browser, opened, overflows
+from parts_of_runs import write_part
 from playwright.sync_api import Browser, Page
-from test_reduce import write_part
+from runs_to_report import EDITORS, HOSTILE, make_rows, make_run
 from typer.testing import CliRunner, Result
 
-from cluster.store import Store
 from jobs.report import app
 from rome.analysis import failures
-from rome.data.records import Record, to_table
 from rome.data.results import ERROR, OK
 
 __all__ = ["browser"]
-
-HOSTILE = (
-    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7*7 }}"
-)
-EDITORS = {"none": 0.0, "ft<b>": 2.5, "rome": 9.0}
-
-
-def make_rows(count: int, editor: str) -> list[dict[str, Any]]:
-    draw, skill = np.random.default_rng(len(editor)), EDITORS[editor]
-    words = np.array(["the", "a", "tower", "city", "of", "is", "in", "was", "Rome", "Paris", "old"])
-    rows = []
-    for case_id in range(count):
-        row: dict[str, Any] = {
-            "run": "demo",
-            "case_id": case_id,
-            "relation_id": f"P{case_id % 7}",
-            "subject": f"Tower {case_id}",
-            "prompt": "{} is located in",
-            "target_new": "Rome",
-            "target_true": "Paris",
-            "status": OK,
-            "attempts": 1,
-            "rewrite_greedy": ["Rome"],
-            "texts": [" ".join(draw.choice(words, 60)) for _ in range(3)],
-            "GE": float(draw.uniform(2, 7)),
-            "RS": float(draw.uniform(0, 1)),
-        }
-        for kind, prompts, shift in (
-            ("rewrite", 1, skill),
-            ("paraphrase", 2, skill * draw.uniform(0, 1)),
-            ("neighborhood", 10, 0.2 * skill * draw.uniform(0, 1)),
-        ):
-            true = draw.uniform(1, 3, prompts)
-            row[f"{kind}_nll_true"] = true.tolist()
-            row[f"{kind}_nll_new"] = (true + 1 - shift + draw.normal(0, 1, prompts)).tolist()
-        if editor != "none":
-            row |= {"edit_norm": float(draw.lognormal()), "edit_divisor": float(draw.uniform(1, 3))}
-        rows.append(row)
-    return rows
-
-
-def make_run(run_dir: Path, count: int = 60) -> Path:
-    """A run with a hostile record, a dead letter and numbers that are none; and its records."""
-    records = [
-        Record(
-            case_id, f"P{case_id % 7}", "{} is located in", f"Tower {case_id}", "Rome", "Paris",
-            None, None, (f"Where is {case_id}?", "It stands in"),
-            tuple(f"Neighbor {n} of {case_id}" for n in range(10)), (), (),
-        )
-        for case_id in range(count)
-    ]  # fmt: skip
-    store = Store(run_dir.parent / "records")
-    store.write_table("shard-00000.parquet", to_table(records))
-    run_dir.mkdir(parents=True)
-    manifest = {
-        "name": "demo",
-        "records": count,
-        "editors": [*EDITORS],
-        "records_store": store.uri,
-        "context_templates": [HOSTILE],
-    }
-    (run_dir / "manifest.json").write_text(json.dumps(manifest))
-    for editor in EDITORS:
-        rows = make_rows(count, editor)
-        rows[3] |= {"subject": HOSTILE, "texts": [HOSTILE] * 3, "rewrite_greedy": [HOSTILE]}
-        if editor == "rome":
-            rows[3] |= {"edit_norm": float("nan"), "edit_divisor": float("inf")}
-            rows[5] = {
-                "run": "demo",
-                "case_id": 5,
-                "status": ERROR,
-                "error": HOSTILE,
-                "attempts": 3,
-            }
-        write_part(run_dir, editor, rows, "part-00000-000000-000060.parquet")
-    return run_dir
 
 
 def invoke(*arguments: object) -> Result:

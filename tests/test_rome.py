@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
@@ -11,27 +10,27 @@ import oracle
 import pytest
 import tiny
 import torch
-from computations import BUDGET, CLAMPED, ENDING, LAST, STOPPING, correlated_moment
-from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
-from torch import Tensor
+from computations import (
+    BUDGET,
+    CLAMPED,
+    ENDING,
+    LAST,
+    MAIN,
+    STOPPING,
+    correlated_moment,
+    random_edits,
+)
+from oracle import parts
+from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES, close
 
 from rome.data.records import Request
 from rome.editors.rome import Rome, RomeSettings
-from rome.edits.deltas import Edit, LowRankDelta, applied, dense
+from rome.edits.deltas import applied, dense
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
 from rome.second_moment import Solver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def parts(edit: Edit) -> tuple[Tensor, Tensor]:
-    delta = oracle.rank_one(edit)
-    return delta.left_DR[:, 0], delta.right_KR[:, 0]
-
-
-def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float) -> None:
@@ -74,7 +73,6 @@ def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float
 SETTINGS = pytest.mark.parametrize(
     "settings", [CLAMPED, STOPPING, LAST], ids=["clamped", "stopping", "last"]
 )
-MAIN = ("gpt2", "gptj", "llama")
 
 
 @SETTINGS
@@ -118,23 +116,6 @@ def test_edited_model_answers_the_key_with_the_value(
                 at = oracle.subject_last(model.tokenizer, context, request.subject)
                 outputs.append(oracle.run(model, settings.layer, ids, at).output_D)
         assert close(torch.stack(outputs).mean(0), expected, 1e-5)
-
-
-def random_edits(model: EditableModel, layers: Sequence[int] = (0, 1)) -> list[Edit]:
-    """One edit of nothing, and edits of rank one and two of one or two layers."""
-    generator = torch.Generator().manual_seed(2)
-
-    def delta(rank: int) -> LowRankDelta:
-        left, right = (torch.randn(n, rank, generator=generator) for n in (16, 40))
-        return LowRankDelta(left.to(model.dtype), right.to(model.dtype))
-
-    names = [model.weight_name(layer) for layer in layers]
-    return [
-        Edit(REQUESTS[0]),
-        Edit(REQUESTS[1], {names[0]: delta(1)}),
-        Edit(REQUESTS[2], {names[1]: delta(2)}),
-        Edit(REQUESTS[3], {name: delta(1) for name in names}),
-    ]
 
 
 @pytest.mark.parametrize("family", MAIN)

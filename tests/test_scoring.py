@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import oracle
 import pytest
 import tiny
 import torch
-from test_rome import MAIN, close, random_edits
+from computations import MAIN, random_edits
+from oracle import changed
+from tiny import close
 
 from rome.data.records import Record
-from rome.edits.deltas import Edit, dense
 from rome.models import EditableModel
 from rome.scoring import generation, greedy
 from rome.scoring.generation import GenerationSettings, Start
@@ -35,17 +34,6 @@ ROWS = [
 ]
 ROWS += [("The mother tongue of Žižek is", 2), ("東京", 3), ("東京", 0), ("Where is Rome?", 1)]
 GENERATION = GenerationSettings(top_k=3, max_tokens=18, seed=5)
-
-
-@contextmanager
-def changed(model: EditableModel, edit: Edit) -> Iterator[None]:
-    """The model with an edit of layers 0 and 1 written into its weights, then as it was."""
-    with ExitStack() as stack:
-        for layer in (0, 1):
-            if delta := edit.deltas.get(model.weight_name(layer)):
-                change_DK = dense(delta)
-                stack.enter_context(oracle.edited(model, layer, change_DK))
-        yield
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])

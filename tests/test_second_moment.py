@@ -95,10 +95,10 @@ def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"damaged.*jobs\.second_moment again"):
+    with pytest.raises(ValueError, match=r"damaged.*compute it again"):
         load(path)
     path.write_bytes(data[:1000])
-    with pytest.raises(ValueError, match=r"damaged.*jobs\.second_moment again"):
+    with pytest.raises(ValueError, match=r"damaged.*compute it again"):
         load(path)
     save_file({"weight": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match=r"holds \['weight'\]"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from browser import LAPTOP, PHONE, browser, opened, overflows
 from playwright.sync_api import Browser, Page
-from test_report import HOSTILE, make_run
+from runs_to_report import HOSTILE, make_run
 from typer.testing import CliRunner, Result
 
 from jobs.study import QUESTIONS, app, make, tally

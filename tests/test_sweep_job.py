@@ -14,8 +14,8 @@ import tiny
 import torch
 import yaml
 from computations import BUDGET, CLAMPED, correlated_moment
-from test_rome import close, parts
-from tiny import REQUESTS, TEMPLATES
+from oracle import parts
+from tiny import REQUESTS, TEMPLATES, close
 
 from rome.editors.contexts import Position
 from rome.editors.rome import Rome

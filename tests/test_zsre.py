@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import tiny
-from test_rome import MAIN, random_edits
-from test_scoring import changed
+from computations import MAIN, random_edits
+from oracle import changed
 from typer.testing import CliRunner
 
 from cluster.store import Store

@@ -18,6 +18,7 @@ from tokenizers import (
     trainers,
 )
 from tokenizers import models as tokenizer_models
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rome import models
@@ -151,3 +152,7 @@ def model(family: str, dtype: str = "float64", tokenizer_kind: str = "plain") ->
 def smollm2() -> EditableModel:
     """The packaged SmolLM2-135M in float32."""
     return models.load(SMOLLM2, "float32")
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).norm() <= tolerance * b.norm())

@@ -1,1 +1,1 @@
-"""Where records and texts come from."""
+"""Sources of records and texts."""

@@ -87,7 +87,7 @@ Corpus = Sampled | Passages
 
 
 def identity(config: CorpusConfig) -> dict[str, Any]:
-    """What decides which texts a corpus gives: equal if and only if they are the same.
+    """The settings that decide the texts of a corpus: equal if and only if the texts are.
 
     A file counts by its content, a data set by its id. Raises ValueError where there is no file.
     """

@@ -1,4 +1,4 @@
-"""Where records come from: named benchmarks, files, URLs, `datasets` and fact tables."""
+"""Sources of records: named benchmarks, files, URLs, `datasets` and fact tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds. `sha256` is that of the whole source, uncompressed."""
+    """The content of a source. `sha256` is that of the whole source, uncompressed."""
 
     name: str
     version: str

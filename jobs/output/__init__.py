@@ -1,1 +1,1 @@
-"""What people read: tables, figures, pages."""
+"""Output for people: tables, figures, pages."""

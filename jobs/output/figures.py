@@ -170,7 +170,7 @@ def sweep_curves(frame: pl.DataFrame, model: str) -> Figure:
 
 
 def training_curve(curve: Sequence[Mapping[str, Any]], name: str) -> Figure:
-    """What a trained editor learnt by step: success of edits, and the two losses.
+    """Draw the curve of a training by step: success of edits, and the two losses.
 
     `curve`: a row per validation, the first that of the unedited model.
     """

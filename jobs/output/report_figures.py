@@ -39,7 +39,7 @@ Styles = dict[str, dict[str, Any]]
 
 
 def styles(rows: pl.DataFrame) -> Styles:
-    """How each label is drawn, the same in every figure."""
+    """The style of each label, the same in every figure."""
     names = labels(rows)
     edited = cycle(_COLORS[1:])
     unedited = set(rows.filter(editor="none")["label"])

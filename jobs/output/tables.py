@@ -110,7 +110,7 @@ def latex(frame: pl.DataFrame) -> str:
 
 
 def notes(frame: pl.DataFrame) -> list[str]:
-    """What a reader of the table has to know, one sentence an editor and matter."""
+    """Notes that a reader of the table needs, one sentence an editor and matter."""
     return list(
         dict.fromkeys(
             note

@@ -29,7 +29,7 @@ _GROUPING = [f.name for f in fields(Grouping)]
 
 @configurable(kw_only=True, tokens=1, passage_tokens=1)
 class CorpusConfig:
-    """What a second moment is computed over."""
+    """The corpus of a second moment."""
 
     corpus: str = "self"
     """`self` (text sampled from the model), a .txt file with a passage a line, a Parquet file with
@@ -62,7 +62,7 @@ class ModelConfig:
 
 @configurable(kw_only=True, limit=1, case_id_below=0)
 class SliceConfig:
-    """Which records of the store are used; all by default."""
+    """The records of the store that a run takes; all by default."""
 
     limit: int | None = None
     """The first so many."""
@@ -115,7 +115,7 @@ class RunConfig:
         return kind
 
     def takes_stored(self, name: str) -> bool:
-        """Whether a row's edits come from another run."""
+        """True if a row's edits come from another run."""
         return self.edits is not None and self.kind(name) != "none"
 
     def editor(self, name: str) -> tuple[str, Any]:
@@ -127,7 +127,7 @@ class RunConfig:
         return kind, options.validate(EDITORS[kind].settings, merged, f"editors.{name}.")
 
     def grouping(self, name: str) -> Grouping:
-        """How many records of a row share an edited model. Raises ConfigError."""
+        """The records of a row that share an edited model. Raises ConfigError."""
         given = {k: v for k, v in self.editors[name].items() if k in _GROUPING}
         grouping: Grouping = options.validate(Grouping, given, f"editors.{name}.")
         if self.lease_records % grouping.size:
@@ -139,7 +139,7 @@ class RunConfig:
 
 
 def workspace() -> Path:
-    """Where stores, second moments and runs go by default: $ROME_WORKSPACE, else ~/rome-workspace.
+    """The default folder of stores and runs: $ROME_WORKSPACE, else ~/rome-workspace.
 
     Absolute, because a Ray job's working directory is a copy that is deleted.
     """
@@ -179,7 +179,7 @@ def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
-    """What differs between two trees of plain values, one line per key."""
+    """List the differences between two trees of plain values, one line per key."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted(old.keys() | new.keys()):

@@ -37,7 +37,7 @@ def read(
 
 
 def benchmark(records: Store) -> dict[str, Any]:
-    """Which records these are, as the manifest of what is made of them says it."""
+    """The fields that identify a record store; runs copy them into their own manifest."""
     keys = ("name", "version", "fingerprint")
     manifest = read(records, keys, "Prepare the records again with jobs.prepare.")
     return {key: manifest[key] for key in keys}

@@ -24,7 +24,7 @@ def hive_path(**values: str) -> str:
 
 
 def hive_values(path: str) -> dict[str, str]:
-    """What a hive path says."""
+    """The values in a hive path."""
     pairs = (name.split("=", 1) for name in path.split("/") if "=" in name)
     return {key: unquote(value) for key, value in pairs}
 

@@ -1,1 +1,1 @@
-"""What a worker does with a lease."""
+"""The tasks of workers: the work on a lease."""

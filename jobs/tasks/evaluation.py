@@ -1,4 +1,4 @@
-"""What a worker of `jobs.evaluate` does with a lease: read, edit, score, revert."""
+"""The task of `jobs.evaluate`: read a lease's records, edit, score, revert."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class EvaluationTask:
 
 
 def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
-    """What only the model can say, once per run: its fingerprint and the context templates.
+    """Facts that need the model, once per run: its fingerprint and the context templates.
 
     Raises ValueError where one of the files of trained weights is not for this model.
     """

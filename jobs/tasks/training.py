@@ -1,4 +1,4 @@
-"""What a worker of `jobs.train` does: read examples, train, validate, keep what survives it.
+"""The task of `jobs.train`: read examples, train, validate, keep checkpoints.
 
 In a training's store: `curve.parquet`, a row per validation; `weights.safetensors`, the network
 where it validated best; `checkpoint.safetensors`, from which an interrupted training goes on.
@@ -42,7 +42,7 @@ _COLUMNS = ("beginning", "sampled", "local", "local_end")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on: the records of a benchmark, or the passages of a corpus."""
+    """Training data: the records of a benchmark, or the passages of a corpus."""
 
     benchmark: str | None = None
     """A name in configs/benchmarks, or the folder or URI of a prepared store."""
@@ -81,7 +81,7 @@ class TrainConfig:
 
 
 def folder() -> Path:
-    """Where trainings go by default, a folder of its name each."""
+    """The default folder of trainings; each has a folder of its name."""
     return configs.workspace() / "hypernetworks"
 
 
@@ -100,7 +100,7 @@ def trained(name: str) -> str:
 
 
 def finished(curve: list[dict[str, Any]], settings: TrainingSettings) -> bool:
-    """Whether a training with these validations has come to its end."""
+    """True if a training with these validations has come to its end."""
     if not curve or curve[-1]["step"] >= settings.steps:
         return bool(curve)
     return len(curve) - 1 - best(curve) >= settings.patience

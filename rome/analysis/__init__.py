@@ -1,1 +1,1 @@
-"""What result rows say: metrics, tables, paired tests. Polars, no model."""
+"""Analysis of result rows: metrics, tables, paired tests. Polars, no model."""

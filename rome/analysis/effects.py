@@ -1,4 +1,4 @@
-"""What causal traces say together: effects by token and layer, and the layer that they suggest."""
+"""Effects of causal traces by token and layer, and the layer that they suggest."""
 
 from __future__ import annotations
 

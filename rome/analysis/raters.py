@@ -1,4 +1,4 @@
-"""What human raters say: preference ratios with intervals, and their agreement."""
+"""Statistics of human raters: preference ratios with intervals, and agreement."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What goes in and what comes out: records of benchmarks, and the schema of result rows."""
+"""Input and output: records of benchmarks, and the schema of result rows."""

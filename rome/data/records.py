@@ -25,7 +25,7 @@ class Request:
     subject: str
     target: str
     target_true: str | None = None
-    """What the model is taken to say now, for editors that ask."""
+    """The object before the edit, for editors that need it."""
 
     @property
     def text(self) -> str:
@@ -60,7 +60,7 @@ class Record:
 
     @property
     def neighborhood_true(self) -> str:
-        """What is true of the neighborhood prompts: in COUNTERFACT what was true of the subject."""
+        """The true object of the neighborhood prompts: in COUNTERFACT that of the subject."""
         true = self.neighborhood_target or self.target_true
         assert true is not None  # See `check`.
         return true
@@ -167,7 +167,7 @@ def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def is_zsre(row: Mapping[str, Any]) -> bool:
-    """Whether a row is meant to be one of MEND's zsRE files rather than of COUNTERFACT."""
+    """True if a row has the form of MEND's zsRE files rather than of COUNTERFACT."""
     return bool({"src", "answers", "loc"} & row.keys())
 
 

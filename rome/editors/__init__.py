@@ -46,7 +46,7 @@ class JointEditor(Editor, Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What editors may need beside the model, made once per run."""
+    """The resources that editors share, made once per run."""
 
     model: EditableModel
     templates: Sequence[str]

@@ -122,7 +122,7 @@ def batches(chosen: Sequence[Contexts], token_budget: int, device: str) -> Itera
 
 @dataclass
 class Observed:
-    """What the unedited model does at the subject's last token, per edit and row.
+    """Activations of the unedited model at the subject's last token, per edit and row.
 
     Everything has E as its first dimension, so that edits can leave by indexing (from the CPU:
     what enters the layers stays where they are).

@@ -45,7 +45,7 @@ class FineTuningSettings:
     weight_decay: float = 0.0
     """Times the edited weight, added to its gradient."""
     norm_constraint: float | None = None
-    """How far an element may be from where it was (L-infinity); null lets it go anywhere."""
+    """Bound on the change of an element (L-infinity); null for none."""
     target_loss: Literal["published", "sequence"] = "published"
     """`published`: mean of -log p over the target's tokens, all read at the prompt's last position
     as in the released code, which for targets of several tokens asks for all of them at once.
@@ -88,7 +88,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What no step changes; everything has E as its first dimension."""
+    """The tensors that no step changes; everything has E as its first dimension."""
 
     batch: Batch
     entering_ETD: Tensor | None

@@ -113,7 +113,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What hypernetworks are given: each edit's text, its loss, and its gradient by weight."""
+    """The input of hypernetworks: each edit's text, its loss, and its gradient by weight."""
 
     texts: Sequence[Text]
     loss_E: Tensor

@@ -35,7 +35,7 @@ NETWORKS: dict[str, tuple[type, type]] = {
 
 @configurable()
 class HypernetworkSettings:
-    """What a trained editor is: everything else is in the file that its training wrote."""
+    """Settings of a trained editor; everything else is in the file that its training wrote."""
 
     weights: str
     """Name of a training, such as `mend-smollm2-counterfact`, or a .safetensors file."""
@@ -91,7 +91,7 @@ def build(model: EditableModel, kind: str, layers: int, settings: Any, seed: int
 
 @dataclass(frozen=True)
 class Origin:
-    """Where trained weights come from.
+    """The origin of trained weights.
 
     model_fingerprint: of the model's weights rounded to bfloat16, so that what was trained in
     float32 also serves the same model in bfloat16.
@@ -113,7 +113,7 @@ def serialised(network: Network, origin: Origin) -> bytes:
 
 
 def origin_for(file: Path, model: EditableModel, kind: str) -> Origin:
-    """Where a file that a training wrote comes from.
+    """Read the origin of a file that a training wrote.
 
     Raises ValueError where it is of another kind or of another model.
     """
@@ -124,7 +124,7 @@ def origin_for(file: Path, model: EditableModel, kind: str) -> Origin:
     if origin.model_fingerprint != model.fingerprint(torch.bfloat16):
         raise ValueError(
             f"{file} must have been trained for {model.name} with these weights, but was for "
-            f"{origin.model} with others; train one with python -m jobs.train"
+            f"{origin.model} with others; train one for this model"
         )
     return origin
 

@@ -59,7 +59,7 @@ class _Fact:
 
 @dataclass
 class _Observed:
-    """What the unedited model does at the last token of each prompt."""
+    """Activations of the unedited model at the last token of each prompt."""
 
     batch: prompts.Batch
     """The last tokens share the last column."""

@@ -36,7 +36,7 @@ class MemitSettings:
     """Lambda: how many tokens the second moment stands for. [mom2_update_weight]"""
     value: ValueSettings = field(default_factory=lambda: ValueSettings(clamp=0.75))
     sampled_contexts: int = 5
-    """How many of the run's sampled context templates are used beside the bare prompt: the last,
+    """Number of the run's sampled context templates beside the bare prompt: the last,
     which are the longest. The release has five of length 10."""
 
     def __post_init__(self) -> None:

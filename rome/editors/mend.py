@@ -26,7 +26,7 @@ class MendSettings:
     """Of each layer's matrix; at most its size is used."""
     hidden_layers: int = 1
     edit_rate: float = 1e-4
-    """Where the learnt rate of each weight begins. [edit_lr]"""
+    """Initial value of the learnt rate of each weight. [edit_lr]"""
 
 
 class MendNetwork(nn.Module):

@@ -30,7 +30,7 @@ class RomeSettings:
     """Counted from 0."""
     value: ValueSettings = field(default_factory=ValueSettings)
     keys: Literal["mixed", "mean", "prompt"] = "mixed"
-    """Which key k* is: `mixed`, the reference's, takes the mean over contexts for the direction
+    """The key k*: `mixed`, the reference's, takes the mean over contexts for the direction
     C^-1 k* but the bare prompt's for the divisor; `mean` (r-ROME, Gupta et al. 2024) and `prompt`
     take one of the two for both."""
     second_moment: bool = True

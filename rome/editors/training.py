@@ -78,7 +78,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Figures:
-    """What edits did, as means over a batch."""
+    """The effect of edits, as means over a batch."""
 
     edit_loss: float
     """NLL of the targets under the edits."""

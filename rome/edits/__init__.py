@@ -1,1 +1,1 @@
-"""What an edit does to a model, many edits of one model, and edits as files."""
+"""Edits as changes of weights, many edits of one model, and edits as files."""

@@ -1,4 +1,4 @@
-"""What an edit does to a weight, and how a model runs with it.
+"""The change that an edit makes to a weight, and passes of a model with it.
 
 Legend: B rows, E edits, T tokens, K input size, D output size, R rank.
 """

@@ -16,7 +16,7 @@ from rome.models import EditableModel
 
 @dataclass(frozen=True)
 class Grouping:
-    """How many records share an edited model: a group, taken in the order of their shard.
+    """The number of records that share an edited model: a group, in the order of their shard.
 
     The last group of a shard may be smaller. A record that cannot be edited takes its group along,
     because the model with the edits of all of them cannot be had: each of them becomes a dead

@@ -46,7 +46,7 @@ class EditableModel:
                 f"offsets), got {type(tokenizer).__name__}; convert it with transformers"
             )
         self.hf = hf.eval().requires_grad_(False)
-        self.base.register_forward_hook(self._come_home)
+        self.base.register_forward_hook(self._to_home)
         self.base.register_forward_pre_hook(self._without_cudnn)
         self.base.register_forward_hook(self._with_cudnn_as_before, always_call=True)
         if hf.device.type == "cpu" and hf._supports_attention_backend:
@@ -56,13 +56,13 @@ class EditableModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids enter, the last hidden states and logits come out, and edits are made.
+        """The device of token ids, last hidden states, logits and edits.
 
         A layer may lie on another, and what it is given goes there.
         """
         return self.hf.get_input_embeddings().weight.device
 
-    def _come_home(self, base: nn.Module, args: Any, output: Any) -> None:
+    def _to_home(self, base: nn.Module, args: Any, output: Any) -> None:
         output.last_hidden_state = output.last_hidden_state.to(self.device)
 
     def _without_cudnn(self, base: nn.Module, args: Any) -> None:
@@ -174,7 +174,7 @@ class EditableModel:
         return texts
 
     def attention_mask(self, sees_BTT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
-        """What `base` takes to let token `i` see `j` where `sees_BTT[b, i, j]`, a bool, says so.
+        """The mask for `base` in which token `i` sees `j` if the bool `sees_BTT[b, i, j]` is true.
 
         A model's sliding window is counted in positions.
         """

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a family of models keeps what an editor needs, as attribute paths.
+    """The attribute paths in a family of models that an editor needs.
 
     `transposed` says that weights are stored [in, out] (GPT-2's Conv1D) instead of [out, in].
     """
@@ -17,7 +17,7 @@ class Family:
     base: str
     layers: str
     up_projection: str
-    """Where the MLP's input enters; of a gated MLP the one beside the gate, or both in one."""
+    """The MLP's input projection; of a gated MLP the one beside the gate, or both in one."""
     down_projection: str
     attention: tuple[str, ...]
     """The projections that make queries, keys and values; one where a family has them fused."""

@@ -1,4 +1,4 @@
-"""Where a model comes from: the hub, a folder, a GGUF file or a GGUF inside a package."""
+"""Sources of models: the hub, a folder, a GGUF file or a GGUF inside a package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def transformers_path(source: str) -> str:
-    """What `from_pretrained` takes for a source."""
+    """Translate a source into the arguments of `from_pretrained`."""
     path = str(_packaged(source)) if source.startswith("package:") else source
     return str(_dequantised(Path(path))) if path.endswith(".gguf") else path
 

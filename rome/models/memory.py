@@ -1,4 +1,4 @@
-"""What fits into memory, and what to do where it does not."""
+"""Batches that fit into memory, and halves of those that do not."""
 
 from __future__ import annotations
 

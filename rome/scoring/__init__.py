@@ -1,1 +1,1 @@
-"""What an edited model says: probabilities, generated text and what the text is worth."""
+"""Scores of an edited model: probabilities, greedy answers, texts and their metrics."""

@@ -23,7 +23,7 @@ from rome.settings import configurable
 
 @configurable(top_k=1, max_tokens=1)
 class GenerationSettings:
-    """How texts are sampled (reference code: `generate_fast`)."""
+    """Settings of sampled texts (reference code: `generate_fast`)."""
 
     top_k: int = 5
     max_tokens: int = 100

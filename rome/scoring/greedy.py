@@ -1,4 +1,4 @@
-"""What a model says by itself: greedy decoding until a natural stop, for many edits at once.
+"""Greedy answers: decode until a natural stop, for many edits at once.
 
 Legend: B rows, T tokens, D hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ _STOP = re.compile(r"\n|[.!?](?=\s|$)")
 
 @dataclass(frozen=True)
 class Question:
-    """What follows `prompt` under the edit with index `edit`, where `target` is hoped for?"""
+    """Ask for the continuation of `prompt` under the edit with index `edit`; `target` is right."""
 
     edit: int
     prompt: str

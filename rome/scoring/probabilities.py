@@ -22,7 +22,7 @@ from rome.scoring.trees import Tree
 
 @dataclass(frozen=True)
 class Query:
-    """How likely is `target` after `prompt` under the edit with index `edit`?"""
+    """Ask for the probability of `target` after `prompt` under the edit with index `edit`."""
 
     edit: int
     prompt: str
@@ -31,7 +31,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of a target."""
+    """The score of a target."""
 
     nll: float
     """Mean over the target's tokens of -log p, in nats."""
@@ -41,7 +41,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Extras:
-    """What is asked of a record beside the prompts of its benchmark."""
+    """Prompts beside those of the benchmark."""
 
     neighborhood_plus: bool = False
     """The neighborhood prompts once more, after the edited sentence."""

@@ -1,4 +1,4 @@
-"""What generated text is worth: GE (n-gram entropy) and RS (likeness to reference texts).
+"""Metrics of generated text: GE (n-gram entropy) and RS (likeness to reference texts).
 
 Both follow the released code of the ROME paper (`experiments/py/eval_utils_counterfact.py`,
 `dsets/tfidf_stats.py`, `util/generate.py`).

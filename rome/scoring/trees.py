@@ -23,7 +23,7 @@ class Tree:
     """The places of the last text's tokens."""
 
     def size_with(self, ids: Sequence[int]) -> int:
-        """How many tokens there would be with this text, too."""
+        """The number of tokens with this text added."""
         return len(self.ids) + len(ids) - len(self._shared(ids))
 
     def add(self, ids: Sequence[int]) -> list[int]:
@@ -43,7 +43,7 @@ class Tree:
 
 
 def sees(trees: Sequence[Tree]) -> Tensor:
-    """Which tokens each token sees [B, T, T], a bool, of trees padded on the right.
+    """The mask of the tokens that each token sees [B, T, T], bool, for trees padded on the right.
 
     It sees itself and those before it in its texts; padding sees itself.
     """
