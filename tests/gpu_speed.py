@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -120,6 +121,14 @@ def build(shape: str, dtype: str, device: str) -> Bench:
     )
 
 
+def _free(device: str) -> None:
+    """Give back the memory of the last model, which the allocator would keep from others."""
+    build.cache_clear()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 def _measure(device: str, setting: Setting, report: Report) -> None:
     made = build(setting.shape, setting.dtype, device)
     made = replace(made, records=made.records[: setting.records])
@@ -171,7 +180,7 @@ def _share(device: str, sharing: Sharing, report: Report) -> None:
     setting = sharing.setting
     command = [sys.executable, __file__, setting.shape, setting.dtype, device]
     command += [str(n) for n in (setting.records, _budget(setting, device), setting.rounds)]
-    build.cache_clear()
+    _free(device)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with ExitStack() as stack:
         processes = []
