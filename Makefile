@@ -94,11 +94,16 @@ lint: setup ## Lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests that start Ray, a real model or a browser run one after another, the others two at a time.
+APART := ray or model or browser
+PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
 check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not ray and not model and not browser and not slow"
+	$(PAIRS) -m "not ($(APART) or slow)"
 
 test: lint ## Everything; says what was skipped and what took long.
-	$(BIN)/pytest -ra --durations=15
+	$(PAIRS) -ra --durations=15 -m "not ($(APART))"
+	$(BIN)/pytest -ra --durations=15 -m "$(APART)"
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
