@@ -142,10 +142,10 @@ def reversed_prompts() -> dict[str, str]:
 
 
 def without_nltk() -> bool:
-    """True where there is no nltk: GE is then left out of all rows of this process."""
+    """True where nltk or its data is not there: GE is then left out of this process's rows."""
     try:
-        import nltk  # noqa: F401
-    except ImportError:
+        text_metrics.words("a")
+    except (ImportError, LookupError):
         setattr(text_metrics, "ngram_entropy", lambda texts: None)  # noqa: B010
         return True
     return False

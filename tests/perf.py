@@ -63,8 +63,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def precision(dtype: str) -> Iterator[None]:
     """tf32 for what runs in the block, where that is the dtype."""
     models.use_precision(dtype)
-    yield
-    models.use_precision("float32")
+    try:
+        yield
+    finally:
+        models.use_precision("float32")
 
 
 def useful_work(made: Bench, stages: Sequence[str], engine: Round) -> dict[str, flops.Work]:
