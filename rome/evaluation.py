@@ -97,11 +97,7 @@ def _texts(
     settings: GenerationSettings,
     token_budget: int,
 ) -> list[list[str]]:
-    rows = [
-        start
-        for r, record in enumerate(records)
-        for start in generation.starts(model, record.generation_prompts, r, record.case_id)
-    ]
+    rows = generation.record_starts(model, records)
     ids = generation.generate(model, rows, edits, settings, token_budget)
     texts: list[list[str]] = [[] for _ in records]
     for row, text in zip(rows, generation.decode(model, ids), strict=True):

@@ -129,11 +129,7 @@ def count(made: Bench) -> dict[str, Counts]:
 
     def write(tokens: int) -> None:
         settings = replace(made.generation, max_tokens=tokens)
-        starts = [
-            start
-            for r, record in enumerate(records)
-            for start in generation.starts(model, record.generation_prompts, r, record.case_id)
-        ]
+        starts = generation.record_starts(model, records)
         generation.generate(model, starts, edits, settings, _ONE_BATCH)
 
     attention = mock.patch.object(

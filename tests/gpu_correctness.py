@@ -105,11 +105,7 @@ def _score(made: bench.Bench) -> Any:
 
 
 def _write(made: bench.Bench) -> Any:
-    starts = [
-        start
-        for r, record in enumerate(made.records)
-        for start in generation.starts(made.engine, record.generation_prompts, r, record.case_id)
-    ] * 4
+    starts = generation.record_starts(made.engine, made.records) * 4
     edits = [generation.UNEDITED] * len(made.records)
     return generation.generate(made.engine, starts, edits, GenerationSettings(max_tokens=20), 10**6)
 

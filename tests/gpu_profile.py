@@ -40,33 +40,29 @@ def _made(device: str) -> Bench:
     return replace(made, records=made.records[: 2 if toy else 16])
 
 
+def _budget(made: Bench) -> int:
+    return TOKEN_BUDGETS[made.engine.device.type]
+
+
 def _edit(made: Bench, edits: list[Edit]) -> None:
     value = replace(made.settings.value, steps=_EVALUATIONS, stop_below=0)
     settings = replace(made.settings, value=value)
-    budget = TOKEN_BUDGETS[made.engine.device.type]
-    editor = Rome(made.engine, settings, made.templates, made.solver, budget)
+    editor = Rome(made.engine, settings, made.templates, made.solver, _budget(made))
     edits[:] = editor.edit([record.request for record in made.records])
 
 
 def _score(made: Bench, edits: list[Edit]) -> None:
-    budget = TOKEN_BUDGETS[made.engine.device.type]
-    probabilities.score_records(made.engine, made.records, edits, budget)
+    probabilities.score_records(made.engine, made.records, edits, _budget(made))
 
 
 def _say(made: Bench, edits: list[Edit]) -> None:
-    budget = TOKEN_BUDGETS[made.engine.device.type]
-    greedy.say_records(made.engine, made.records, edits, budget)
+    greedy.say_records(made.engine, made.records, edits, _budget(made))
 
 
 def _write(made: Bench, edits: list[Edit]) -> None:
-    starts = [
-        start
-        for r, record in enumerate(made.records)
-        for start in generation.starts(made.engine, record.generation_prompts, r, record.case_id)
-    ]
+    starts = generation.record_starts(made.engine, made.records)
     settings = replace(made.generation, max_tokens=min(len(s.ids) for s in starts) + _TOKENS)
-    budget = TOKEN_BUDGETS[made.engine.device.type]
-    generation.generate(made.engine, starts, edits, settings, budget)
+    generation.generate(made.engine, starts, edits, settings, _budget(made))
 
 
 _STAGES: dict[str, Callable[[Bench, list[Edit]], None]] = {

@@ -177,13 +177,7 @@ def run_engine(
             done.nlls |= {(name, r): _in_turn(row) for r, row in enumerate(columns)}
         if "generation" in stages:
             with clock.stage("generation"):
-                starts = [
-                    start
-                    for r, record in enumerate(records)
-                    for start in generation.starts(
-                        model, record.generation_prompts, r, record.case_id
-                    )
-                ]
+                starts = generation.record_starts(model, records)
                 texts = generation.generate(model, starts, applied, made.generation, token_budget)
             for start, text in zip(starts, texts, strict=True):
                 done.texts.setdefault((name, start.edit), []).append(text)

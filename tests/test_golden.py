@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tiny import relative
 from torch import Tensor
 
 from rome.data.records import Request
@@ -28,10 +29,6 @@ GOLDEN = Path(__file__).parent / "golden"
 VALUE = ("steps", "learning_rate", "weight_decay", "kl_factor", "clamp")
 
 pytestmark = pytest.mark.model
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def test_an_edit_is_that_of_the_released_code(monkeypatch: pytest.MonkeyPatch) -> None:

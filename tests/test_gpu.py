@@ -47,7 +47,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     """The text and the JSON of all parts on a machine without the packages of `BARE`."""
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     done = subprocess.run(
-        command("--out", str(out)), cwd=ROOT, env=environment(), capture_output=True, text=True
+        command("--out", str(out), "--seconds", "1000"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(out.read_text())

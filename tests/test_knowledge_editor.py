@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 from computations import EXAMPLES, KE, ke_network
-from tiny import REQUESTS
-from torch import Tensor
+from tiny import REQUESTS, close
 
 from rome.editors import EDITORS, Resources, gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, Origin
@@ -22,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ["gpt2", "gptj", "llama"]
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
-    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 @pytest.mark.usefixtures("no_narrowing")

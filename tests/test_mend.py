@@ -7,8 +7,7 @@ import pytest
 import tiny
 import torch
 from computations import mend_network
-from tiny import REQUESTS
-from torch import Tensor
+from tiny import REQUESTS, close
 
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
@@ -19,10 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAIN = ["gpt2", "gptj", "llama"]
 BUDGET = 30  # All the requests do not fit into one batch.
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
-    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 @pytest.mark.usefixtures("no_narrowing")

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from tiny import relative
 
 from rome import second_moment
 from rome.analysis.summary import summarize
@@ -149,10 +149,6 @@ def test_vectors(ours: Outcomes, folder: str, case_id: int) -> None:
     }
     errors = {name: relative(mine, other) for name, (mine, other) in pairs.items()}
     assert max(errors.values()) < 1e-4, errors
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @CASES

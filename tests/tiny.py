@@ -154,5 +154,9 @@ def smollm2() -> EditableModel:
     return models.load(SMOLLM2, "float32")
 
 
-def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from rome.data.records import Request
+from rome.data.records import Record, Request
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, caches, memory, prompts
 from rome.settings import configurable
@@ -44,6 +44,15 @@ def starts(model: EditableModel, texts: Sequence[str], edit: int, case_id: int) 
     """Prompts of one record; the i-th is seeded by (case_id, i) alone."""
     encoded = model.encode(texts)
     return [Start(row.ids, edit, (case_id, i)) for i, row in enumerate(encoded)]
+
+
+def record_starts(model: EditableModel, records: Sequence[Record]) -> list[Start]:
+    """The generation prompts of all records, each under the edit with its record's index."""
+    return [
+        start
+        for r, record in enumerate(records)
+        for start in starts(model, record.generation_prompts, r, record.case_id)
+    ]
 
 
 def generate(
