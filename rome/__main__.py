@@ -24,8 +24,7 @@ from rome.editors import EDITORS
 from rome.edits import files as edit_files
 from rome.edits import peft_export
 from rome.edits.deltas import Edit
-from rome.evaluation import TOKEN_BUDGETS
-from rome.models import EditableModel
+from rome.models import EditableModel, memory
 from rome.paths import CONFIGS
 from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
@@ -137,7 +136,7 @@ def _settings(editor: str, configured: dict[str, Any], overrides: Sequence[str])
 def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
     """The target's probability, and what the model says, without and with the edit."""
     request, both = edit.request, [UNEDITED, edit]
-    budget = TOKEN_BUDGETS[model.device.type]
+    budget = memory.token_budget(model)
     asked = [probabilities.Query(e, request.text, request.target) for e in range(2)]
     scores = probabilities.score(model, asked, both, budget)
     questions = [greedy.Question(e, request.text, request.target) for e in range(2)]

@@ -32,11 +32,6 @@ class ScoringSettings:
     """The reversed fact, where the relation has a prompt in configs/facts/reversed.yaml: RVS."""
 
 
-TOKEN_BUDGETS = {"cpu": 1024, "cuda": 8192}
-"""Tokens of a forward pass by device type. On a CPU more of them leave its caches: scoring took 2.6
-times as long with 8192 as with 1024."""
-
-
 def evaluate(
     model: EditableModel,
     editor: Editor,

@@ -14,8 +14,7 @@ from rome import second_moment
 from rome.data.records import Request
 from rome.editors import EDITORS, Resources
 from rome.edits.deltas import Edit
-from rome.evaluation import TOKEN_BUDGETS
-from rome.models import EditableModel, prompts
+from rome.models import EditableModel, memory, prompts
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import Solver
@@ -66,7 +65,7 @@ def edit(
 
     texts = generation.sample_context_texts(model, _TEMPLATE_LENGTHS, seed=0)
     templates = prompts.context_templates(texts)
-    resources = Resources(model, templates, solver, TOKEN_BUDGETS[model.device.type])
+    resources = Resources(model, templates, solver, memory.token_budget(model))
     (made,) = kind.build(resources, chosen).edit([request])
     return made
 
@@ -82,6 +81,6 @@ def generate(
     What is drawn depends on the text, its place among the texts, the edit and the seed alone.
     """
     rows = generation.starts(model, texts, 0, case_id=0)
-    ids = generation.generate(model, rows, [edit], settings, TOKEN_BUDGETS[model.device.type])
+    ids = generation.generate(model, rows, [edit], settings, memory.token_budget(model))
     said: list[str] = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return said

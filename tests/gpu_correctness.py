@@ -1,6 +1,6 @@
 """Does a device compute what the CPU computes, and leave nothing behind?
 
-With `--device cpu` the other side is the CPU with the attention that CUDA has.
+With `--device cpu` the other side is the CPU with CUDA's ways: its attention, its static shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,21 @@ import torch
 from computations import COMPUTATIONS, EDITORS, FAMILIES, RECORDS, distance
 from gpu_report import Report, Task
 from rounds import Clock, Round
+from two_gpus import costs_like
 
 from rome import models
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import dense
-from rome.models import EditableModel
+from rome.models import EditableModel, kernels
 from rome.scoring import generation, probabilities
 from rome.scoring.generation import GenerationSettings
 
 # Relative, of float32: an H200 stayed within 2e-5 of a CPU. A mistake is of the order of one.
 ROUNDING = 1e-3
+# Adam on weights divides each element of a gradient by its own size, so that an element that is
+# only rounding becomes a step: 1.8e-3 was seen on an H200.
+ADAM_ROUNDING = 1e-2
 
 
 def tasks(device: str) -> list[Task]:
@@ -57,19 +61,26 @@ def tasks(device: str) -> list[Task]:
 
 
 def moved(model: EditableModel, device: str) -> EditableModel:
-    """The model on the device, with the attention that it has on CUDA."""
+    """The model on the device, laid out as `load` does there."""
     hf: Any = model.hf
-    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
     hf.to(device)
+    kernels.give_room(hf)
     return model
+
+
+def ways_of_cuda(device: str) -> AbstractContextManager[Any]:
+    """In the block, a CPU goes the ways that pay on CUDA."""
+    return costs_like("cuda", "cpu") if device == "cpu" else nullcontext()
 
 
 def _agrees(device: str, family: str, name: str, report: Report) -> None:
     asked = COMPUTATIONS[name]
     expected = asked.compute(asked.make(family, "float32"))
-    found = asked.compute(moved(asked.make(family, "float32"), device))
+    with ways_of_cuda(device):
+        found = asked.compute(moved(asked.make(family, "float32"), device))
     apart = distance(found, expected)
-    report.check(f"{family}, {name}, on {device}", apart <= ROUNDING, f"{apart:.1e} from the CPU")
+    allowed = ADAM_ROUNDING if name.startswith(("edit ft", "edit attnedit")) else ROUNDING
+    report.check(f"{family}, {name}, on {device}", apart <= allowed, f"{apart:.1e} from the CPU")
 
 
 def _comes_back(device: str, family: str, name: str, report: Report) -> None:

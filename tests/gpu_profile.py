@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit
-from rome.evaluation import TOKEN_BUDGETS
+from rome.models import memory
 from rome.scoring import generation, greedy, probabilities
 
 _EVALUATIONS = 4
@@ -37,11 +37,11 @@ def tasks(device: str) -> list[Task]:
 def _made(device: str) -> Bench:
     toy = device == "cpu"
     made = gpu_speed.build(*(("gpt2-xl", "bfloat16") if not toy else gpu_speed.TOY), device)
-    return replace(made, records=made.records[: 2 if toy else 16])
+    return replace(made, records=made.records[: 2 if toy else 64])
 
 
 def _budget(made: Bench) -> int:
-    return TOKEN_BUDGETS[made.engine.device.type]
+    return memory.token_budget(made.engine)
 
 
 def _edit(made: Bench, edits: list[Edit]) -> None:

@@ -100,7 +100,7 @@ def _speed(row: dict[str, Any]) -> str:
         f"{row['shape']}, {row['dtype']}",
         str(row["workers"]),
         str(row["records"]),
-        f"{row['token_budget']:,}",
+        f"{row['token_budget']:,}" if row["token_budget"] else "by itself",
         row["what"],
         "-" if row["first"] is None else f"{row['first']:.3g}",
         f"{row['seconds']:.3g}",

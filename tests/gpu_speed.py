@@ -1,6 +1,6 @@
 """How many records a second? The meter at full size, and several processes on one card.
 
-`python tests/gpu_speed.py SHAPE DTYPE DEVICE RECORDS TOKEN_BUDGET ROUNDS` is one such process.
+`python tests/gpu_speed.py SHAPE DTYPE DEVICE RECORDS TOKEN_BUDGET ROUNDS SHARE` is one of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench import Bench
 from gpu_report import Report, Task
 from rounds import STAGES, run_engine
 
-from rome.evaluation import TOKEN_BUDGETS
+from rome.models import memory
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,17 @@ class Sharing:
     workers: int
 
 
-# Sized for five minutes on an H100 from what an H200 needed: 0.2 to 0.6 s a record.
+# Sized for five minutes on an H100.
 _FULL: list[Setting | Sharing] = [
+    Setting("gpt2-xl", "bfloat16", 128),
+    Setting("gpt-j-6b", "bfloat16", 64),
+    Setting("gpt2-xl", "tf32", 64),
+    Sharing(Setting("gpt2-xl", "bfloat16", 64, rounds=1), 2),
+    *(Setting("gpt2-xl", "bfloat16", 128, budget) for budget in (16_384, 65_536)),
     Setting("gpt2-xl", "bfloat16", 32, stages=STAGES),
-    *(Setting("gpt2-xl", "bfloat16", 32, budget) for budget in (32_768, 131_072)),
-    *(Setting("gpt-j-6b", "bfloat16", 16, budget) for budget in (None, 65_536)),
-    *(Setting("gpt2-xl", "tf32", 16, budget) for budget in (None, 32_768)),
-    *(Sharing(Setting("gpt2-xl", "bfloat16", 16, 32_768), n) for n in (2, 4)),
+    Setting("gpt2-xl", "float32", 32),
+    Setting("gpt-j-6b", "bfloat16", 64, 16_384),
+    Sharing(Setting("gpt2-xl", "bfloat16", 64, rounds=1), 3),
 ]
 
 _TINY = json.dumps(
@@ -80,37 +84,32 @@ def tasks(device: str) -> list[Task]:
     made = []
     for item in _TOY if device == "cpu" else _FULL:
         if isinstance(item, Sharing):
-            name = f"{item.workers} workers, {_named(item.setting, device)}"
+            name = f"{item.workers} workers, {_named(item.setting)}"
             made.append(Task(name, partial(_share, device, item)))
         else:
-            made.append(Task(_named(item, device), partial(_measure, device, item)))
+            made.append(Task(_named(item), partial(_measure, device, item)))
     return made
 
 
-def _named(setting: Setting, device: str) -> str:
-    return (
-        f"{_shape(setting)}, {setting.dtype}, {setting.records} records, "
-        f"budget {_budget(setting, device):,}"
-    )
+def _named(setting: Setting) -> str:
+    budget = f"{setting.token_budget:,}" if setting.token_budget else "by itself"
+    return f"{_shape(setting)}, {setting.dtype}, {setting.records} records, budget {budget}"
 
 
 def _shape(setting: Setting) -> str:
     return setting.shape if setting.shape in bench.SHAPES else "toy"
 
 
-def _budget(setting: Setting, device: str) -> int:
-    return setting.token_budget or TOKEN_BUDGETS[device]
-
-
 # The settings of one shape and dtype follow each other, as far as their order allows.
 @lru_cache(maxsize=1)
 def build(shape: str, dtype: str, device: str) -> Bench:
-    """64 everyday facts and a random model."""
+    """128 everyday facts and a random model, which takes the place of the last."""
+    _free(device)
     return bench.build(
         source="",
         random=shape,
         records_file=None,
-        records=64,
+        records=128,
         oracle_records=0,
         layer=None,
         dtype=dtype,
@@ -129,6 +128,7 @@ def _free(device: str) -> None:
 def _measure(device: str, setting: Setting, report: Report) -> None:
     made = build(setting.shape, setting.dtype, device)
     made = replace(made, records=made.records[: setting.records])
+    budget = setting.token_budget or memory.token_budget(made.engine)
     given = {
         "device": device,
         "dtype": setting.dtype,
@@ -137,7 +137,7 @@ def _measure(device: str, setting: Setting, report: Report) -> None:
         "repeats": setting.rounds,
         "records": setting.records,
         "oracle-records": 0,
-        "token-budget": _budget(setting, device),
+        "token-budget": budget,
     }
     options = perf.parse([f"--{name}={value}" for name, value in given.items()])
     result = perf.measure(made, options)
@@ -146,24 +146,25 @@ def _measure(device: str, setting: Setting, report: Report) -> None:
         if not all(second > 0 for second in engine["every"]):
             raise ValueError(f"seconds must be above 0, got {engine['every']} for {what}")
         report.speed.append(
-            _row(setting, device, 1, what, engine["seconds"])
+            _row(setting, 1, what, engine["seconds"])
             | {
                 "first": engine["first"],
                 "share_of_matmul": row.get("share_of_matmul"),
                 "peak_bytes": engine["peak_bytes"],
+                "token_budget_taken": budget,
                 "matmul_flops_per_second": result["matmul_flops_per_second"],
                 "parts": row.get("parts"),
             }
         )
 
 
-def _row(setting: Setting, device: str, workers: int, what: str, seconds: float) -> dict[str, Any]:
+def _row(setting: Setting, workers: int, what: str, seconds: float) -> dict[str, Any]:
     return {
         "shape": _shape(setting),
         "dtype": setting.dtype,
         "workers": workers,
         "records": setting.records,
-        "token_budget": _budget(setting, device),
+        "token_budget": setting.token_budget,
         "what": what,
         "first": None,
         "seconds": seconds,
@@ -176,7 +177,8 @@ def _share(device: str, sharing: Sharing, report: Report) -> None:
     """Edited and unedited rows by several processes, all warm, from one moment on."""
     setting = sharing.setting
     command = [sys.executable, __file__, setting.shape, setting.dtype, device]
-    command += [str(n) for n in (setting.records, _budget(setting, device), setting.rounds)]
+    command += [str(setting.records), str(setting.token_budget or 0), str(setting.rounds)]
+    command.append(str(1 / sharing.workers))
     _free(device)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -200,7 +202,7 @@ def _share(device: str, sharing: Sharing, report: Report) -> None:
         _said(processes, "done")
         seconds = time.perf_counter() - began
     each = seconds / (sharing.workers * setting.records * setting.rounds)
-    report.speed.append(_row(setting, device, sharing.workers, "rows, both", each))
+    report.speed.append(_row(setting, sharing.workers, "rows, both", each))
 
 
 def _said(processes: Sequence[subprocess.Popen[str]], word: str) -> None:
@@ -210,11 +212,20 @@ def _said(processes: Sequence[subprocess.Popen[str]], word: str) -> None:
             raise RuntimeError(f"a worker must say {word!r}, it said {line!r} and ended")
 
 
-def work(shape: str, dtype: str, device: str, records: int, token_budget: int, rounds: int) -> None:
+def work(
+    shape: str,
+    dtype: str,
+    device: str,
+    records: int,
+    token_budget: int,
+    rounds: int,
+    share: float,
+) -> None:
     """One of several processes: warm up, wait for a line, work."""
     bench.without_nltk()
     made = build(shape, dtype, device)
     made = replace(made, records=made.records[:records])
+    token_budget = token_budget or memory.token_budget(made.engine, share)
     with perf.precision(dtype):
         run_engine(made, ["row"], [], token_budget)
         print("ready", flush=True)
@@ -227,5 +238,5 @@ def work(shape: str, dtype: str, device: str, records: int, token_budget: int, r
 
 
 if __name__ == "__main__":
-    shape, dtype, device, *numbers = sys.argv[1:]
-    work(shape, dtype, device, *map(int, numbers))
+    shape, dtype, device, records, budget, rounds, share = sys.argv[1:]
+    work(shape, dtype, device, int(records), int(budget), int(rounds), float(share))

@@ -43,7 +43,7 @@ from rounds import (
 from rome import models
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit
-from rome.evaluation import TOKEN_BUDGETS
+from rome.models import memory
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -91,7 +91,7 @@ def useful_work(made: Bench, stages: Sequence[str], engine: Round) -> dict[str, 
 def measure(made: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Rounds of both sides in turn, compared and summed up: what `--out` holds."""
     stages, device = options.stages, made.engine.device
-    budget = options.token_budget or TOKEN_BUDGETS[device.type]
+    budget = options.token_budget or memory.token_budget(made.engine)
     rounds: dict[str, list[Round]] = {"oracle": [], "engine": []}
     edits: list[Edit] = []
     if "edit" not in stages and set(stages) & set(RECORD_STAGES):

@@ -72,6 +72,36 @@ def test_stages_of_a_model_are_counted_the_same_twice(
         assert int(line.split()[1].replace(",", "").rstrip(",")) > 50
 
 
+GPTJ = {
+    "model_type": "gptj",
+    "n_embd": 8,
+    "n_layer": 3,
+    "n_head": 2,
+    "rotary_dim": 4,
+    "n_positions": 256,
+    "vocab_size": 700,
+}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, GPTJ], ids=lambda shape: shape["model_type"])
+def test_the_device_is_waited_for_once_and_nothing_is_done_row_by_row(
+    shape: dict[str, object],
+) -> None:
+    few, many = (counts.count(counts.build(json.dumps(shape), n)) for n in (2, 4))
+    assert {stage: found.synchronisations for stage, found in many.items()} == {
+        "an evaluation of v*'s loss": 1,
+        "a decoded token": 0,
+        "a batch of scores": 1,
+        "a batch of scores, unedited": 1,
+        "a batch of greedy answers": 1,
+    }
+    assert {stage: found.operators for stage, found in many.items()} == {
+        stage: found.operators for stage, found in few.items()
+    }
+    for stage in ("an evaluation of v*'s loss", "a decoded token"):
+        assert many[stage].transfers == 0
+
+
 def test_a_wait_in_the_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     made = counts.build(json.dumps(SHAPE), 2)
     before = counts.count(made)["a decoded token"]

@@ -8,10 +8,14 @@ import sys
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from computations import COMPUTATIONS, distance
+from two_gpus import costs_like
 
-from rome.models import memory
+from rome.editors import contexts
+from rome.editors.values import _Problem
+from rome.models import costs, memory
 
 LIMITED = """
 import resource, torch
@@ -34,6 +38,31 @@ def test_batches_by_length_keep_to_the_budget_with_their_padding() -> None:
     assert list(memory.by_length(lengths, 6)) == [[1, 3, 4], [0], [2]]
     assert list(memory.by_length(lengths, 6, most=2)) == [[1, 3], [4, 0], [2]]
     assert list(memory.by_length([], 6)) == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_a_token_of_an_optimisation_takes_no_more_memory_than_is_said(family: str) -> None:
+    model = tiny.model(family, "float32")
+    chosen = [contexts.contexts(model, request, tiny.TEMPLATES) for request in tiny.REQUESTS]
+    problem = _Problem(model, 0, contexts.observe(model, 0, chosen))
+    weights = {weight.untyped_storage().data_ptr() for weight in model.hf.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    delta_ED = torch.zeros(len(chosen), 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outcome = problem.log_probabilities(delta_ED)
+    tokens = problem.ids_BS.numel()
+    with costs_like("cuda", "cpu"):
+        said = memory.bytes_per_token(model) * costs.of(model.device).backward
+    taken = sum(kept.values()) / tokens
+    assert said / 4 < taken <= said
+    del outcome
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ indices from the CPU suit all; its numbers are the CPU's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 from unittest import mock
 
@@ -17,9 +17,7 @@ from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rome.editors import contexts
-from rome.models import EditableModel, memory
-from rome.scoring import generation
+from rome.models import EditableModel, costs
 
 aten = torch.ops.aten
 
@@ -105,6 +103,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(placed, made)
 
 
+def costs_like(known: str, device: str) -> AbstractContextManager[Any]:
+    """In the block, what pays on one type of device pays on another."""
+    return mock.patch.dict(costs.COSTS, {device: costs.COSTS[known]})
+
+
 @contextmanager
 def two_gpus(costs_of: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
     """Devices `meta:0` and `meta:1`: autograd asks for no driver of this type.
@@ -112,8 +115,7 @@ def two_gpus(costs_of: Literal["cpu", "cuda"] = "cpu") -> Iterator[None]:
     `costs_of`: batches are made as for this device.
     """
     with ExitStack() as stack, _TwoGpus():
-        for costs in (memory.BACKWARD, contexts._PASS_TOKENS, generation._CACHED):
-            stack.enter_context(mock.patch.dict(costs, meta=costs[costs_of]))
+        stack.enter_context(costs_like(costs_of, "meta"))
         stack.enter_context(mock.patch.object(adam, "_device_dtype_check_for_fused"))
         # `torch.tensor(data, device=...)` then makes its tensor by operations that are seen here.
         torch._C._set_only_lift_cpu_tensors(True)
@@ -134,9 +136,8 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def place(model: EditableModel) -> EditableModel:
-    """Within `two_gpus`: the whole model on `meta:0`, with the attention that CUDA has."""
+    """Within `two_gpus`: the whole model on `meta:0`."""
     hf: Any = model.hf
-    hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
     for module in hf.modules():
         for name, weight in module._parameters.items():
             if weight is not None:

@@ -30,8 +30,8 @@ from rome.editors import EDITORS, Editor, Resources, hypernetwork
 from rome.edits.deltas import Edit
 from rome.edits.files import Origin
 from rome.edits.sequences import grouped
-from rome.evaluation import TOKEN_BUDGETS, evaluate
-from rome.models import EditableModel, prompts
+from rome.evaluation import evaluate
+from rome.models import EditableModel, memory, prompts
 from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts
 from rome.second_moment import Solver
@@ -83,7 +83,8 @@ class EvaluationTask:
         self.evaluation = evaluation
         self.model: EditableModel = load_model(evaluation.config.model)
         self.fingerprint = self.model.fingerprint()
-        default = TOKEN_BUDGETS[self.model.device.type]
+        share = evaluation.config.workers.num_gpus
+        default = memory.token_budget(self.model, min(share or 1, 1))
         self.token_budget = evaluation.config.token_budget or default
         self.solver = cache(self._solver)
         # Leases follow each other in a shard.

@@ -17,7 +17,7 @@ from jobs.runs.parts import hive_values
 from jobs.tasks.loading import load_model
 from rome import tracing
 from rome.data.results import ERROR, OK
-from rome.evaluation import TOKEN_BUDGETS
+from rome.models import memory
 from rome.settings import configurable
 from rome.tracing import KnownFact, TraceSettings
 
@@ -90,7 +90,8 @@ class TracingTask:
         self.tracing = tracing
         self.model = load_model(tracing.config.model)
         self.fingerprint = self.model.fingerprint()
-        default = TOKEN_BUDGETS[self.model.device.type]
+        share = tracing.config.workers.num_gpus
+        default = memory.token_budget(self.model, min(share or 1, 1))
         self.token_budget = tracing.config.token_budget or default
 
     def describe(self) -> dict[str, Any]:

@@ -29,8 +29,7 @@ from rome.data.records import Record, Request
 from rome.editors import hypernetwork
 from rome.editors.hypernetwork import NETWORKS, Origin
 from rome.editors.training import Example, Figures, Trainer, TrainingSettings
-from rome.evaluation import TOKEN_BUDGETS
-from rome.models import EditableModel
+from rome.models import EditableModel, memory
 from rome.options import ConfigError
 from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
@@ -224,10 +223,8 @@ def _sampled(data: DataConfig, model: EditableModel, store: Store) -> list[dict[
         if len(ids) >= length
     ][: data.passages + 1]
     starts = [Start(ids[:beginning], 0, (i,)) for i, ids in enumerate(passages)]
-    budget = TOKEN_BUDGETS[model.device.type]
-    sampled = generation.generate(
-        model, starts, [UNEDITED], GenerationSettings(max_tokens=length), budget
-    )
+    settings = GenerationSettings(max_tokens=length)
+    sampled = generation.generate(model, starts, [UNEDITED], settings, memory.token_budget(model))
     rows = []
     for ids, after in zip(sampled, [*passages[1:], passages[0]], strict=True):
         cut = [part for row in (ids, after) for part in (row[:beginning], row[beginning:])]

@@ -7,7 +7,7 @@ target, D hidden size, K key size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rome.data.records import Request
-from rome.models import EditableModel, caches, prompts
+from rome.models import EditableModel, caches, costs, prompts
 from rome.models.hooks import hooked
 from rome.models.prompts import Encoded
 
@@ -97,22 +97,20 @@ def _fill(template: str, text: str) -> str:
     return template.replace("{}", text)
 
 
-# What a pass costs beside its tokens, in tokens: on two CPU cores, 66 tokens take the time of 140.
-# A GPU, which reads all weights in the time of thousands of tokens, would rather pad.
-_PASS_TOKENS = {"cpu": 80, "cuda": 4096}
-
-
-def batches(chosen: Sequence[Contexts], token_budget: int, device: str) -> Iterator[list[int]]:
-    """Indices of requests by width, at most `token_budget` suffix tokens together.
+def batches(
+    chosen: Sequence[Contexts], token_budget: int, device: torch.device
+) -> Iterator[list[int]]:
+    """Indices of requests by width, so many that `token_budget` allows their optimisation.
 
     A wider request opens a batch of its own where padding the others would cost more than a pass.
     """
     batch: list[int] = []
+    cost = costs.of(device)
     for i in sorted(range(len(chosen)), key=lambda i: chosen[i].width):
         width, rows = chosen[i].width, len(chosen[i].rows)
         padding = len(batch) * rows * (width - chosen[batch[0]].width) if batch else 0
-        full = (len(batch) + 1) * rows * width > token_budget
-        if batch and (full or padding > _PASS_TOKENS[device]):
+        full = (len(batch) + 1) * rows * width > token_budget // cost.backward
+        if batch and (full or padding > cost.pass_tokens):
             yield batch
             batch = []
         batch.append(i)
@@ -136,6 +134,7 @@ class Observed:
     entering_ERSD: Tensor | None
     prefix: list[tuple[Tensor, Tensor]]
     """Keys and values [E, R, heads, P, head size] of the edited layer and those after it."""
+    # On the CPU, where they are made into places on the device.
     label_ids_ECN: Tensor
     label_columns_ECN: Tensor
     label_weights_ECN: Tensor
@@ -196,12 +195,16 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
 def _labels(model: EditableModel, chosen: Sequence[Contexts]) -> tuple[Tensor, Tensor, Tensor]:
     labels = [label for request in chosen for label in request.labels]
     C = len(labels) // len(chosen)
-    shape = len(labels), max(len(ids) for ids, _ in labels)
-    ids_BN = torch.zeros(shape, dtype=torch.long)
-    columns_BN = torch.zeros(shape, dtype=torch.long)
-    weights_BN = torch.zeros(shape, dtype=torch.promote_types(model.dtype, torch.float32))
-    for b, (ids, column) in enumerate(labels):
-        ids_BN[b, : len(ids)] = torch.tensor(ids)
-        columns_BN[b, : len(ids)] = torch.arange(column, column + len(ids))
-        weights_BN[b, : len(ids)] = 1 / (C * len(ids))
-    return ids_BN.to(model.device), columns_BN.to(model.device), weights_BN.to(model.device)
+    N = max(len(ids) for ids, _ in labels)
+
+    def padded(rows: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[0] * (N - len(row))] for row in rows], dtype=dtype)
+
+    return (
+        padded((ids for ids, _ in labels), torch.long),
+        padded((range(column, column + len(ids)) for ids, column in labels), torch.long),
+        padded(
+            ([1 / (C * len(ids))] * len(ids) for ids, _ in labels),
+            torch.promote_types(model.dtype, torch.float32),
+        ),
+    )

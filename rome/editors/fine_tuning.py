@@ -21,7 +21,7 @@ from torch.nn import functional
 from rome.data.records import Request
 from rome.editors.gradients import entering
 from rome.edits.deltas import DenseDelta, Edit, total_norm
-from rome.models import EditableModel, memory, prompts
+from rome.models import EditableModel, costs, memory, prompts
 from rome.models.hooks import hooked
 from rome.models.prompts import Batch, Text
 from rome.settings import configurable
@@ -123,7 +123,7 @@ class FineTuning:
             paths = (model.family.down_projection,)
         names = [model.module_name(settings.layer, path) for path in paths]
         self.modules = {name: model.hf.get_submodule(name) for name in names}
-        self.tokens = token_budget // memory.BACKWARD[model.device.type]
+        self.tokens = token_budget // costs.of(model.device).backward
         # Weights, gradients and Adam's two moments of a batch take no more memory than the model.
         tuned = sum(p.numel() for module in self.modules.values() for p in module.parameters())
         self.edits = max(1, model.hf.num_parameters() // (4 * tuned))

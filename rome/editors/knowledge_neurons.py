@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rome.data.records import Request
 from rome.edits.deltas import Edit, LowRankDelta, total_norm
-from rome.models import EditableModel, caches, memory, prompts
+from rome.models import EditableModel, caches, costs, memory, prompts
 from rome.models.hooks import hooked
 from rome.settings import configurable
 
@@ -87,7 +87,7 @@ class KnowledgeNeurons:
         Raises ValueError for a request without `target_true`, whose neurons are to be found.
         """
         facts = [self._fact(request) for request in requests]
-        budget = self.token_budget // memory.BACKWARD[self.model.device.type]
+        budget = self.token_budget // costs.of(self.model.device).backward
         lengths = [self.settings.steps * len(fact.prompt) for fact in facts]
         return memory.in_batches(
             list(zip(requests, facts, strict=True)),

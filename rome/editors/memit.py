@@ -117,8 +117,6 @@ class Memit:
         """
         last = self.settings.layers[-1]
         current_ED = self._observe(last, chosen, [Edit(r) for r in requests])[1]
-        device = self.model.device.type
-        budget = self.token_budget // memory.BACKWARD[device]
 
         def optimise(part: Sequence[tuple[Contexts, Tensor]]) -> list[Value]:
             observed = contexts.observe(self.model, last, [one for one, _ in part])
@@ -127,7 +125,8 @@ class Memit:
             return values.optimise(self.model, last, stream, self.settings.value)
 
         items = list(zip(chosen, current_ED, strict=True))
-        return memory.in_batches(items, contexts.batches(chosen, budget, device), optimise)
+        batches = contexts.batches(chosen, self.token_budget, self.model.device)
+        return memory.in_batches(items, batches, optimise)
 
     def _insert(
         self,

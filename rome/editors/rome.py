@@ -69,8 +69,7 @@ class Rome:
         """One edit per request, all computed from the unedited model."""
         position = self.settings.position
         chosen = [contexts.contexts(self.model, r, self.templates, position) for r in requests]
-        device = self.model.device.type
-        batches = contexts.batches(chosen, self.token_budget // memory.BACKWARD[device], device)
+        batches = contexts.batches(chosen, self.token_budget, self.model.device)
         items = list(zip(requests, chosen, strict=True))
         return memory.in_batches(items, batches, lambda part: self._edit(*zip(*part, strict=True)))
 
@@ -92,25 +91,29 @@ class Rome:
 
         found = values.optimise(model, settings.layer, observed, settings.value)
         # v* = W' k*: Equation 2 with Lambda = (v* - W k*) / (C^-1 k*)^T k*.
-        target_ED = torch.stack([value.initial_D + value.delta_D for value in found])
+        initial_ED = torch.stack([value.initial_D for value in found])
+        delta_ED = torch.stack([value.delta_D for value in found])
         divisor_E = (current_EK * u_EK).sum(1)
-        lambda_ED = (target_ED - current_ED) / divisor_E[:, None]
+        lambda_ED = (initial_ED + delta_ED - current_ED) / divisor_E[:, None]
 
+        norms = torch.stack(
+            [x.norm(dim=1) for x in (lambda_ED, u_EK, mean_EK, initial_ED, delta_ED)] + [divisor_E]
+        )
         name = model.weight_name(settings.layer)
         edits = []
-        for e, (request, value) in enumerate(zip(requests, found, strict=True)):
-            delta = LowRankDelta(lambda_ED[e, :, None].clone(), u_EK[e, :, None].clone())
+        for e, (change, u, key, initial, delta, divisor) in enumerate(norms.T.tolist()):
             health = {
-                "steps": len(value.losses),
-                "loss": value.losses[-1],
-                "divisor": float(divisor_E[e]),
-                "norm": delta.norm,
-                "key_norm": float(mean_EK[e].norm()),
-                "init_norm": float(value.initial_D.norm()),
-                "delta_norm": float(value.delta_D.norm()),
-                "clamp_hits": value.clamp_hits,
+                "steps": len(found[e].losses),
+                "loss": found[e].losses[-1],
+                "divisor": divisor,
+                "norm": change * u,
+                "key_norm": key,
+                "init_norm": initial,
+                "delta_norm": delta,
+                "clamp_hits": found[e].clamp_hits,
             }
-            edits.append(Edit(request, {name: delta}, health))
+            rank_one = LowRankDelta(lambda_ED[e, :, None].clone(), u_EK[e, :, None].clone())
+            edits.append(Edit(requests[e], {name: rank_one}, health))
         return edits
 
     def _direction(self, keys_EK: Tensor) -> Tensor:

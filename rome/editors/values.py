@@ -4,8 +4,8 @@ What no delta can change was computed once (`contexts.observe`). Each step runs 
 those after it, on the subject's last token and those after it, and nothing else.
 
 Legend: E edits, C contexts, R = C + 1 rows of an edit (the last one is the KL prompt), B = E R,
-P prefix columns, S suffix columns (the subject's last token is column 0), N tokens of a target,
-D hidden size, V vocabulary.
+S suffix columns (the subject's last token is column 0), T columns with those before, M = B S
+tokens, N tokens of targets, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rome.editors.contexts import Observed
-from rome.models import EditableModel, caches
+from rome.models import EditableModel, caches, costs, kernels
 from rome.models.hooks import hooked
 from rome.settings import configurable
 
@@ -46,28 +46,6 @@ class Value:
     clamp_hits: int
 
 
-def _tail(model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor) -> Tensor:
-    """The last hidden states [B, S, D] with a delta added to the MLP output at column 0."""
-    R = observed.ids_ERS.shape[1]
-    P = observed.mask_ERT.shape[2] - observed.ids_ERS.shape[2]
-    delta_B1D = delta_ED.repeat_interleave(R, dim=0).unsqueeze(1)
-
-    def add_delta(module: Any, args: Any, output_BSD: Tensor) -> Tensor:
-        first_B1D = output_BSD[:, :1] + delta_B1D.to(output_BSD.device)
-        first_B1D = first_B1D.to(output_BSD.dtype)
-        return torch.cat([first_B1D, output_BSD[:, 1:]], dim=1)
-
-    prefix = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
-    cache = caches.with_prefix([*[None] * layer, *prefix], P)
-    entering = observed.entering_ERSD
-    base = model.only_layers(layer, None if entering is None else entering.flatten(0, 1))
-    ids_BS, mask_BT, positions_BS = (
-        x.flatten(0, 1) for x in (observed.ids_ERS, observed.mask_ERT, observed.positions_ERS)
-    )
-    with hooked(model.down_projection(layer).register_forward_hook(add_delta)):
-        return model.run(ids_BS, mask_BT, positions_BS, cache, base)
-
-
 class _LabelNLL(torch.autograd.Function):
     """-log p of labels [N] from hidden states [N, D], whose gradient is made on the way.
 
@@ -83,8 +61,7 @@ class _LabelNLL(torch.autograd.Function):
         # d nll / d logits = softmax - one-hot.
         gradient_NV = log_p_NV.exp_()
         gradient_NV.scatter_add_(1, chosen_N1, -torch.ones_like(nll_N)[:, None])
-        head_VD = model.hf.get_output_embeddings().weight
-        ctx.save_for_backward((gradient_NV.to(head_VD) @ head_VD).to(hidden_ND.device))
+        ctx.save_for_backward(kernels.pull_back(model.hf, gradient_NV).to(hidden_ND.device))
         return nll_N
 
     @staticmethod
@@ -94,24 +71,58 @@ class _LabelNLL(torch.autograd.Function):
         return scaled_ND.to(gradient_ND.dtype), None, None
 
 
-def _log_probabilities(
-    model: EditableModel, layer: int, observed: Observed, delta_ED: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weighted NLL of the targets [E], and the KL prompt's log-probabilities [E, V]."""
-    hidden_BSD = _tail(model, layer, observed, delta_ED)
-    hidden_ERSD = hidden_BSD.unflatten(0, observed.ids_ERS.shape[:2])
-    E, C, N = observed.label_ids_ECN.shape
-    D = hidden_ERSD.shape[-1]
-    columns_ECND = observed.label_columns_ECN[..., None].expand(E, C, N, D)
-    label_ECND = hidden_ERSD[:, :C].gather(2, columns_ECND)
-    # Padding of shorter targets is left out, not weighed with 0.
-    scored_ECN = observed.label_weights_ECN > 0
-    nll_ECN = torch.zeros_like(observed.label_weights_ECN)
-    nll_ECN[scored_ECN] = _LabelNLL.apply(
-        label_ECND[scored_ECN], model, observed.label_ids_ECN[scored_ECN]
-    )
-    kl_logits_EV = model.logits(hidden_ERSD[:, C, 0])
-    return (nll_ECN * observed.label_weights_ECN).sum((1, 2)), kl_logits_EV.log_softmax(1)
+class _Problem:
+    """Equation 4 of the edits of a batch: all that its evaluations share."""
+
+    def __init__(self, model: EditableModel, layer: int, observed: Observed) -> None:
+        self.model, self.layer = model, layer
+        self.E, self.R, S = observed.ids_ERS.shape
+        T = observed.mask_ERT.shape[2]
+        self.ids_BS, self.positions_BS, mask_BT = (
+            x.flatten(0, 1) for x in (observed.ids_ERS, observed.positions_ERS, observed.mask_ERT)
+        )
+        # Distances of a row's tokens are those of its columns.
+        column_1T = torch.arange(T, device=model.device)[None]
+        suffix_1S = column_1T[:, T - S :]
+        sees_BST = mask_BT.bool()[:, None] & (column_1T[:, None] <= suffix_1S[..., None])
+        self.mask = model.attention_mask(sees_BST, suffix_1S, column_1T)
+        prefix = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in observed.prefix]
+        self.cache = caches.with_prefix([*[None] * layer, *prefix], T - S)
+        entering = observed.entering_ERSD
+        self.base = model.only_layers(layer, None if entering is None else entering.flatten(0, 1))
+
+        # Padding of shorter targets is left out, not weighed with 0.
+        weights_ECN = observed.label_weights_ECN
+        self.scores_of_edit = weights_ECN[0].numel()
+        slot_N = (weights_ECN.flatten() > 0).nonzero().squeeze(1)
+        row_N = torch.arange(self.E * self.R).view(self.E, self.R)[:, : weights_ECN.shape[1]]
+        place_ECN = row_N[..., None] * S + observed.label_columns_ECN
+        found = (slot_N, place_ECN.flatten()[slot_N], observed.label_ids_ECN.flatten()[slot_N])
+        self.slot_N, self.place_N, self.label_N = torch.stack(found).to(model.device)
+        self.weight_N = weights_ECN.flatten()[slot_N].to(model.device)
+        last_E = torch.arange(1, self.E + 1, device=model.device) * self.R - 1
+        self.kl_place_E = last_E * S
+
+    def _hidden(self, delta_ED: Tensor) -> Tensor:
+        """The last hidden states [B, S, D] with a delta added to the MLP output at column 0."""
+        delta_B1D = delta_ED[:, None].expand(-1, self.R, -1).reshape(len(self.ids_BS), 1, -1)
+
+        def add_delta(module: Any, args: Any, output_BSD: Tensor) -> Tensor:
+            first_B1D = output_BSD[:, :1] + delta_B1D.to(output_BSD.device)
+            first_B1D = first_B1D.to(output_BSD.dtype)
+            return torch.cat([first_B1D, output_BSD[:, 1:]], dim=1)
+
+        with hooked(self.model.down_projection(self.layer).register_forward_hook(add_delta)):
+            return self.model.run(self.ids_BS, self.mask, self.positions_BS, self.cache, self.base)
+
+    def log_probabilities(self, delta_ED: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted NLL of the targets [E], and the KL prompt's log-probabilities [E, V]."""
+        hidden_MD = self._hidden(delta_ED).flatten(0, 1)
+        label_ND = hidden_MD.index_select(0, self.place_N)
+        nll_N = _LabelNLL.apply(label_ND, self.model, self.label_N) * self.weight_N
+        scores = nll_N.new_zeros(self.E * self.scores_of_edit).index_copy(0, self.slot_N, nll_N)
+        kl_logits_EV = self.model.logits(hidden_MD.index_select(0, self.kl_place_E))
+        return scores.view(self.E, -1).sum(1), kl_logits_EV.log_softmax(1)
 
 
 class _Adam:
@@ -141,40 +152,50 @@ def optimise(
 
     The reference's loop: stop when the loss is below `stop_below` (before stepping) or at the last
     evaluation (without stepping); after a step, rescale a delta longer than `clamp` * |v0|. The
-    weight decay is `weight_decay * |delta| / |v0|^2`. Finished edits leave the batch.
+    weight decay is `weight_decay * |delta| / |v0|^2`. Edits that are done leave the batch when
+    they are enough of it, and stay as they are until then.
     """
     start_ED = observed.output_ERD[:, 0].to(torch.promote_types(model.dtype, torch.float32))
-    E = len(start_ED)
-    running_E, length_E = torch.arange(E, device=model.device), start_ED.norm(dim=1)
+    E, device = len(start_ED), model.device
+    problem, length_E = _Problem(model, layer, observed), start_ED.norm(dim=1)
+    members, member_E = list(range(E)), torch.arange(E, device=device)
+    active, active_E1 = [True] * E, torch.ones(E, 1, dtype=torch.bool, device=device)
     delta_ED, adam = torch.zeros_like(start_ED), _Adam(start_ED, settings.learning_rate)
     final_ED = torch.zeros_like(start_ED)
     losses: list[list[float]] = [[] for _ in range(E)]
-    hits_E = torch.zeros(E, dtype=torch.long, device=model.device)
+    hits_E = torch.zeros(E, dtype=torch.long, device=device)
     before_EV: Tensor | None = None
     for step in range(1, settings.steps + 1):
         delta_ED.requires_grad_()
-        nll_E, log_p_EV = _log_probabilities(model, layer, observed, delta_ED)
+        nll_E, log_p_EV = problem.log_probabilities(delta_ED)
         if before_EV is None:
             before_EV = log_p_EV.detach()
         # The reference passes its arguments to kl_div so that the edited distribution weighs.
         kl_E = (log_p_EV.exp() * (log_p_EV - before_EV)).sum(1)
         decay_E = settings.weight_decay * delta_ED.norm(dim=1) / length_E**2
         loss_E = nll_E + settings.kl_factor * kl_E + decay_E
-        for e, loss in zip(running_E.tolist(), loss_E.tolist(), strict=True):
-            losses[e].append(loss)
-        final_ED[running_E] = delta_ED.detach()
-        # On the CPU, an index suits tensors of any device.
-        kept = (loss_E >= settings.stop_below).nonzero().flatten().cpu()
-        if step == settings.steps or len(kept) == 0:
+        found = loss_E.tolist()  # The one time in a step that the device is waited for.
+        for place in (place for place, on in enumerate(active) if on):
+            losses[members[place]].append(found[place])
+        going = [on and loss >= settings.stop_below for on, loss in zip(active, found, strict=True)]
+        if step == settings.steps or not any(going):
             break
         (gradient_ED,) = torch.autograd.grad(loss_E.sum(), delta_ED)
         delta_ED = delta_ED.detach()
-        if len(kept) < len(running_E):
-            observed, running_E, length_E = observed[kept], running_E[kept], length_E[kept]
-            before_EV, gradient_ED, delta_ED = before_EV[kept], gradient_ED[kept], delta_ED[kept]
+        if going.count(False) > costs.of(device).leaving * len(going):
+            final_ED[member_E] = delta_ED
+            # On the CPU, an index suits tensors of any device.
+            kept = torch.tensor([place for place, on in enumerate(going) if on])
+            observed, members = observed[kept], [members[place] for place in kept.tolist()]
+            problem, going = _Problem(model, layer, observed), [True] * len(kept)
+            member_E, length_E, before_EV = member_E[kept], length_E[kept], before_EV[kept]
+            gradient_ED, delta_ED = gradient_ED[kept], delta_ED[kept]
             adam.keep(kept)
-        delta_ED = adam.step(delta_ED, gradient_ED)
-        excess_E = delta_ED.norm(dim=1) / (settings.clamp * length_E)
-        delta_ED = delta_ED / excess_E.clamp(min=1)[:, None]
-        hits_E[running_E] += excess_E > 1
+        if going != active:
+            active, active_E1 = going, torch.tensor(going)[:, None].to(device)
+        stepped_ED = adam.step(delta_ED, gradient_ED)
+        excess_E1 = (stepped_ED.norm(dim=1) / (settings.clamp * length_E))[:, None]
+        delta_ED = torch.where(active_E1, stepped_ED / excess_E1.clamp(min=1), delta_ED)
+        hits_E[member_E] += ((excess_E1 > 1) & active_E1).squeeze(1)
+    final_ED[member_E] = delta_ED.detach()
     return [Value(*row) for row in zip(final_ED, start_ED, losses, hits_E.tolist(), strict=True)]

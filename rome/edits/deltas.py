@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rome.data.records import Request
 from rome.models import EditableModel
@@ -125,32 +125,38 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-_Hook = Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 def _low_rank_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
-    some = next(delta for delta in deltas if delta is not None)
-    rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
-    dtype = _wide(some.left_DR)
     # Rows of the same edit share one copy of its factors.
     unique = {id(delta): delta for delta in deltas}
-    left_EDR = some.left_DR.new_zeros(len(unique), some.left_DR.shape[0], rank, dtype=dtype)
-    right_EKR = some.right_KR.new_zeros(len(unique), some.right_KR.shape[0], rank, dtype=dtype)
-    for e, delta in enumerate(unique.values()):
-        if delta is not None:
-            left_EDR[e, :, : delta.left_DR.shape[1]] = delta.left_DR
-            right_EKR[e, :, : delta.right_KR.shape[1]] = delta.right_KR
+    some = next(delta for delta in unique.values() if delta is not None)
+    dtype = _wide(some.left_DR)
+    left_EDR = _stacked([d.left_DR if d else None for d in unique.values()]).to(device, dtype)
+    right_EKR = _stacked([d.right_KR if d else None for d in unique.values()]).to(device, dtype)
     place = {key: e for e, key in enumerate(unique)}
-    edit_B = [place[id(delta)] for delta in deltas]
-    left_BDR, right_BKR = left_EDR[edit_B].to(device), right_EKR[edit_B].to(device)
+    edit_B = torch.tensor([place[id(delta)] for delta in deltas]).to(device)
+    left_BDR, right_BKR = left_EDR[edit_B], right_EKR[edit_B]
 
-    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]
         _check_rows(x_BTK, deltas)
         change_BTD = torch.bmm(torch.bmm(x_BTK.to(dtype), right_BKR), left_BDR.mT)
         return (y_BTD + change_BTD).to(y_BTD.dtype)
 
     return hook
+
+
+def _stacked(factors: Sequence[Tensor | None]) -> Tensor:
+    """Factors of several ranks as one tensor; the places of None, and what is missing, are zero."""
+    rank = max(factor.shape[1] for factor in factors if factor is not None)
+    nothing = next(factor.new_zeros(len(factor), 0) for factor in factors if factor is not None)
+    filled = [nothing if factor is None else factor for factor in factors]
+    missing = [rank - factor.shape[1] for factor in filled]
+    return torch.stack(
+        [nn.functional.pad(f, (0, m)) if m else f for f, m in zip(filled, missing, strict=True)]
+    )
 
 
 def _dense_hook(deltas: Sequence[DenseDelta | None], device: torch.device, bias: bool) -> _Hook:
@@ -163,7 +169,7 @@ def _dense_hook(deltas: Sequence[DenseDelta | None], device: torch.device, bias:
         for key, delta in unique.items()
     ]
 
-    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         _check_rows(y_BTD, deltas)
         x_BTK = y_BTD.new_ones(*y_BTD.shape[:2], 1) if bias else args[0]
         edited_BTD = y_BTD.clone()

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from rome.models import attention
+from rome.models import attention, kernels
 from rome.models.families import UnsupportedModelError, family_of
 from rome.models.files import transformers_path
 from rome.models.prompts import Encoded, Text, encode, target_start, with_target
@@ -49,8 +49,10 @@ class EditableModel:
         self.base.register_forward_hook(self._to_home)
         self.base.register_forward_pre_hook(self._without_cudnn)
         self.base.register_forward_hook(self._with_cudnn_as_before, always_call=True)
-        if hf.device.type == "cpu" and hf._supports_attention_backend:
-            hf.set_attn_implementation(attention.NAME)
+        attention.install(hf)
+        kernels.fuse(hf)
+        if hf.device.type == "cuda":
+            kernels.give_room(hf)
         self.tokenizer = tokenizer
         self.name = name
 
@@ -121,7 +123,7 @@ class EditableModel:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
-        logits = self.hf.get_output_embeddings()(hidden_BD).to(self.device)
+        logits = kernels.logits(self.hf, hidden_BD).to(self.device)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @cached_property
@@ -173,25 +175,29 @@ class EditableModel:
             texts.append(Text(row.ids, start))
         return texts
 
-    def attention_mask(self, sees_BTT: Tensor, positions_BT: Tensor) -> Tensor | dict[str, Tensor]:
-        """The mask for `base` in which token `i` sees `j` if the bool `sees_BTT[b, i, j]` is true.
+    def attention_mask(
+        self, sees_BQT: Tensor, positions_BQ: Tensor, key_positions_BT: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask for `run` in which token `i` sees `j` if the bool `sees_BQT[b, i, j]` is true.
 
-        A model's sliding window is counted in positions.
+        A model's sliding window is counted in positions: of the tokens that see, and of those that
+        are seen, if they are others.
         """
         config = self.hf.config
 
-        def additive(allowed_BTT: Tensor) -> Tensor:
-            mask_BTT = torch.zeros(allowed_BTT.shape, dtype=self.dtype)
-            mask_BTT.masked_fill_(~allowed_BTT, torch.finfo(self.dtype).min)
-            return mask_BTT[:, None].to(self.device)
+        def additive(allowed_BQT: Tensor) -> Tensor:
+            mask_BQT = torch.zeros(allowed_BQT.shape, dtype=self.dtype, device=allowed_BQT.device)
+            return mask_BQT.masked_fill_(~allowed_BQT, torch.finfo(self.dtype).min)[:, None]
 
         if (window := getattr(config, "sliding_window", None)) is None:
-            return additive(sees_BTT)
-        near_BTT = positions_BT[:, :, None] - positions_BT[:, None] < window
-        windowed = additive(sees_BTT & near_BTT)
+            return additive(sees_BQT)
+        if key_positions_BT is None:
+            key_positions_BT = positions_BQ
+        near_BQT = positions_BQ[:, :, None] - key_positions_BT[:, None] < window
+        windowed = additive(sees_BQT & near_BQT)
         if not hasattr(config, "layer_types"):  # The window is that of all layers.
             return windowed
-        return {"full_attention": additive(sees_BTT), "sliding_attention": windowed}
+        return {"full_attention": additive(sees_BQT), "sliding_attention": windowed}
 
     def run(
         self,

@@ -113,15 +113,16 @@ def pad(
     pivots = columns if columns is not None else [0] * len(rows)
     left = max(pivots)
     right = max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
-    ids_BT = torch.zeros(len(rows), left + right, dtype=torch.long)
-    mask_BT = torch.zeros_like(ids_BT)
-    for b, (row, pivot) in enumerate(zip(rows, pivots, strict=True)):
-        start = left - pivot
-        ids_BT[b, start : start + len(row)] = torch.tensor(row)
-        mask_BT[b, start : start + len(row)] = 1
-    shift_B1 = torch.tensor([[left - pivot] for pivot in pivots])
-    positions_BT = (torch.arange(left + right) - shift_B1).clamp(min=0)
-    return Batch(ids_BT.to(device), mask_BT.to(device), positions_BT.to(device))
+    ids = [
+        [0] * (left - pivot) + list(row) + [0] * (right - len(row) + pivot)
+        for row, pivot in zip(rows, pivots, strict=True)
+    ]
+    begin_B1 = torch.tensor([[left - pivot] for pivot in pivots])
+    end_B1 = begin_B1 + torch.tensor([[len(row)] for row in rows])
+    column_T = torch.arange(left + right)
+    mask_BT = ((column_T >= begin_B1) & (column_T < end_B1)).long()
+    positions_BT = (column_T - begin_B1).clamp(min=0)
+    return Batch(torch.tensor(ids).to(device), mask_BT.to(device), positions_BT.to(device))
 
 
 def context_templates(texts: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Free text from many prompts under many edits, in one batch with one attention cache.
+"""Free text from many prompts under many edits.
 
 Legend: B rows, T tokens, D hidden size, V vocabulary, k candidates.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from rome.data.records import Record, Request
-from rome.edits.deltas import Edit, applied
-from rome.models import EditableModel, caches, memory, prompts
+from rome.edits.deltas import Edit
+from rome.models import EditableModel, costs, memory
+from rome.scoring import decoding
+from rome.scoring.decoding import Row
 from rome.settings import configurable
 
 
@@ -65,66 +65,28 @@ def generate(
     """Token ids of each text, prompt included.
 
     What is drawn for a row depends on its tokens, edit, key and the seed only, not on the batch.
-    A batch holds at most `_CACHED` times `token_budget` tokens when all its texts are complete.
+    A batch holds at most `Costs.cached` times `token_budget` tokens when its texts are complete.
     """
-    most = max(1, _CACHED[model.device.type] * token_budget // settings.max_tokens)
+    most = max(1, costs.of(model.device).cached * token_budget // settings.max_tokens)
     batches = memory.by_length([len(row.ids) for row in rows], math.inf, most)
     return memory.in_batches(rows, batches, lambda part: _generate(part, model, edits, settings))
-
-
-# Tokens in the cache for one of a forward pass. On a CPU each step reads all weights from memory
-# whatever the rows are, and 320 of them take 1.5 times less each than 80.
-_CACHED = {"cpu": 32, "cuda": 8}
 
 
 @torch.inference_mode()
 def _generate(
     rows: Sequence[Start], model: EditableModel, edits: Sequence[Edit], settings: GenerationSettings
 ) -> list[list[int]]:
-    """`rows` come with the shortest first, so that those which are complete first are the last."""
-    lengths = [len(row.ids) for row in rows]
-    # Prompts end in one column, so each step fills one column of one cache.
-    batch = prompts.pad([row.ids for row in rows], model.device, lengths)
-    steps = max(settings.max_tokens - lengths[0], 0)
-    column = lengths[-1]
-    ids_BT = torch.nn.functional.pad(batch.ids_BT, (0, steps))
-    mask_BT = torch.nn.functional.pad(batch.mask_BT, (0, steps), value=1)
-    position_B1 = batch.positions_BT[:, -1:]
+    """`rows` come with the shortest first, which have the most to say."""
     draws_BT = torch.stack([_draws(settings, row.key) for row in rows]).to(model.device)
-    logits_BV, cache = _prefill(rows, model, edits, column + steps)
-    for length in sorted(set(lengths), reverse=True):
-        n = bisect_right(lengths, length)
-        logits_BV, position_B1 = logits_BV[:n], position_B1[:n]
-        with applied(model, [edits[row.edit] for row in rows[:n]]):
-            while column < lengths[-1] + settings.max_tokens - length:
-                position_B1 = position_B1 + 1
-                draw_B1 = draws_BT[:n].gather(1, position_B1)
-                ids_BT[:n, column] = _sample(logits_BV, settings.top_k, draw_B1).squeeze(1)
-                column += 1
-                next_B1, seen_BT = ids_BT[:n, column - 1 : column], mask_BT[:n, :column]
-                hidden_B1D = model.run(next_B1, seen_BT, position_B1, cache)
-                logits_BV = model.logits(hidden_B1D[:, 0])
-    ends = (lengths[-1] + max(settings.max_tokens - length, 0) for length in lengths)
-    return [
-        ids_BT[b, lengths[-1] - len(row.ids) : end].tolist()
-        for b, (row, end) in enumerate(zip(rows, ends, strict=True))
-    ]
 
+    def choose(logits_BV: Tensor, position_B1: Tensor) -> Tensor:
+        position_B1 = position_B1.clamp(max=settings.max_tokens - 1)
+        draw_B1 = draws_BT[: len(logits_BV)].gather(1, position_B1)
+        return _sample(logits_BV, settings.top_k, draw_B1)
 
-def _prefill(
-    rows: Sequence[Start], model: EditableModel, edits: Sequence[Edit], length: int
-) -> tuple[Tensor, Cache]:
-    """Logits [B, V] after each prompt, and the cache; equal prompts under one edit run once."""
-    place: dict[tuple[int, tuple[int, ...]], int] = {}
-    place_B = [place.setdefault((row.edit, tuple(row.ids)), len(place)) for row in rows]
-    distinct = list(place)
-    prompt_ids = [ids for _, ids in distinct]
-    batch = prompts.pad(prompt_ids, model.device, [len(ids) for ids in prompt_ids])
-    cache = caches.recording()
-    with applied(model, [edits[edit] for edit, _ in distinct]):
-        hidden_BTD = model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, cache)
-    spread = [(keys[place_B], values[place_B]) for keys, values in caches.recorded(cache)]
-    return model.logits(hidden_BTD[:, -1])[place_B], caches.with_room(spread, length)
+    prompts = [Row(r.ids, r.edit, max(settings.max_tokens - len(r.ids), 0)) for r in rows]
+    said = decoding.continuations(model, prompts, edits, choose)
+    return [[*row.ids, *ids] for row, ids in zip(rows, said, strict=True)]
 
 
 def _draws(settings: GenerationSettings, key: tuple[int, ...]) -> Tensor:

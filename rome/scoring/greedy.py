@@ -1,6 +1,6 @@
 """Greedy answers: decode until a natural stop, for many edits at once.
 
-Legend: B rows, T tokens, D hidden size, V vocabulary.
+Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-import torch
+from torch import Tensor
 
 from rome.data.records import Record
-from rome.edits.deltas import Edit, applied
-from rome.models import EditableModel, caches, memory, prompts
-from rome.scoring import generation
+from rome.edits.deltas import Edit
+from rome.models import EditableModel, memory, prompts
+from rome.scoring import decoding, generation
+from rome.scoring.decoding import Row
 
 MORE_TOKENS = 3
 """Beyond the target's length: enough to see that the text stops, or goes on, after it."""
@@ -29,13 +31,6 @@ class Question:
     edit: int
     prompt: str
     target: str
-
-
-@dataclass
-class _Row:
-    edit: int
-    ids: list[int]
-    steps: int
 
 
 def say_records(
@@ -72,7 +67,7 @@ def say(
     """
     rows = _rows(model, questions)
     # Rows that have about as much to say, and then of about the same length.
-    order = [(row.steps, len(row.ids)) for row in rows]
+    order = [(-row.steps, len(row.ids)) for row in rows]
     lengths = [len(row.ids) + row.steps for row in rows]
     batches = memory.by_length(lengths, token_budget, order=order)
     ids = memory.in_batches(rows, batches, lambda part: _continue(model, part, edits))
@@ -80,7 +75,7 @@ def say(
     return [until_stop(text, one.target) for text, one in zip(texts, questions, strict=True)]
 
 
-def _rows(model: EditableModel, questions: Sequence[Question]) -> list[_Row]:
+def _rows(model: EditableModel, questions: Sequence[Question]) -> list[Row]:
     alone = model.encode([question.prompt.rstrip(" ") for question in questions])
     answered = model.encode([prompts.with_target(one.prompt, one.target) for one in questions])
     rows = []
@@ -88,7 +83,7 @@ def _rows(model: EditableModel, questions: Sequence[Question]) -> list[_Row]:
         steps = len(whole.ids) - prompts.target_start(whole, question.prompt) + MORE_TOKENS
         # The last token that is said needs no place.
         room = model.hf.config.max_position_embeddings - len(prompt.ids) + 1
-        rows.append(_Row(question.edit, prompt.ids, min(steps, room)))
+        rows.append(Row(prompt.ids, question.edit, min(steps, room)))
     return rows
 
 
@@ -99,34 +94,12 @@ def until_stop(text: str, target: str) -> str:
     return text[: stop.end()].rstrip() if stop else text
 
 
-@torch.inference_mode()
-def _continue(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[int]]:
-    """The tokens that follow each row, up to a special one; what is done leaves the batch."""
-    # Prompts end in one column, so each step fills one column of one cache.
-    batch = prompts.pad([row.ids for row in rows], model.device, [len(row.ids) for row in rows])
-    next_BT, mask_BT, position_BT = batch.ids_BT, batch.mask_BT, batch.positions_BT
+def _continue(model: EditableModel, rows: Sequence[Row], edits: Sequence[Edit]) -> list[list[int]]:
+    """The likeliest tokens after each row, up to a special one."""
+
+    def likeliest(logits_BV: Tensor, position_B1: Tensor) -> Tensor:
+        return logits_BV.argmax(1, keepdim=True)
+
     special = set(model.tokenizer.all_special_ids)
-    cache = caches.recording()
-    said: list[list[int]] = [[] for _ in rows]
-    left = list(range(len(rows)))
-    while left:
-        staying = left
-        with applied(model, [edits[rows[b].edit] for b in left]):
-            while staying == left:
-                hidden_BTD = model.run(next_BT, mask_BT, position_BT, cache)
-                next_BT = model.logits(hidden_BTD[:, -1]).argmax(1, keepdim=True)
-                mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-                position_BT = position_BT[:, -1:] + 1
-                tokens = next_BT[:, 0].tolist()
-                for b, token in zip(left, tokens, strict=True):
-                    said[b].append(token)
-                staying = [
-                    b
-                    for b, token in zip(left, tokens, strict=True)
-                    if token not in special and len(said[b]) < rows[b].steps
-                ]
-        kept = torch.tensor([i for i, b in enumerate(left) if b in staying])
-        if left := staying:
-            cache.batch_select_indices(kept)
-            next_BT, mask_BT, position_BT = next_BT[kept], mask_BT[kept], position_BT[kept]
-    return [ids[:-1] if ids[-1] in special else ids for ids in said]
+    said = decoding.continuations(model, rows, edits, likeliest)
+    return [list(takewhile(lambda token: token not in special, ids)) for ids in said]

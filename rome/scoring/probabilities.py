@@ -105,26 +105,31 @@ def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit])
 @torch.inference_mode()
 def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) -> list[list[Score]]:
     """One score for each answer of each row."""
-    ids_BT = prompts.pad([row.tree.ids for row in rows], model.device).ids_BT
-    sees_BTT = trees.sees([row.tree for row in rows])
-    positions_BT = sees_BTT.sum(2) - 1
+    trees_B, device = [row.tree for row in rows], model.device
+    ids_BT = prompts.pad([tree.ids for tree in trees_B], device).ids_BT
+    positions_BT = prompts.pad([tree.depths for tree in trees_B], device).ids_BT
     with applied(model, [edits[row.edit] for row in rows]):
-        mask = model.attention_mask(sees_BTT, positions_BT)
-        hidden_BTD = model.run(ids_BT, mask, positions_BT.to(model.device))
-    places = [
-        (b, t, token)
+        mask = model.attention_mask(trees.sees(trees_B, device), positions_BT)
+        hidden_BTD = model.run(ids_BT, mask, positions_BT)
+    T = ids_BT.shape[1]
+    asked = [
+        (b * T + t, token)
         for b, row in enumerate(rows)
         for _, said, target in row.answers
         for t, token in zip(said, target, strict=True)
     ]
-    b_N, t_N, token_N = torch.tensor(places).T
-    # Both targets of a prompt read the same position: its logits are computed once.
-    where, inverse_N = torch.unique(torch.stack([b_N, t_N]), dim=1, return_inverse=True)
-    log_p_MV = model.logits(hidden_BTD[where[0], where[1]]).log_softmax(1)
-    inverse_N, token_N = inverse_N.to(model.device), token_N.to(model.device)
-    log_p_N = log_p_MV[inverse_N, token_N]
-    likeliest_N = log_p_MV.argmax(1)[inverse_N] == token_N
-    log_p, likeliest = iter(log_p_N.tolist()), iter(likeliest_N.tolist())
+    # Both targets of a prompt read the same place: its logits are computed once.
+    place: dict[int, int] = {}
+    which = [(place.setdefault(at, len(place)), token) for at, token in asked]
+    place_M, (which_N, token_N) = (
+        torch.tensor(list(place)).to(device),
+        torch.tensor(which).T.to(device),
+    )
+    log_p_MV = model.logits(hidden_BTD.flatten(0, 1)[place_M]).log_softmax(1)
+    log_p_N = log_p_MV[which_N, token_N]
+    likeliest_N = log_p_MV.argmax(1)[which_N] == token_N
+    found_N2 = torch.stack([log_p_N, likeliest_N.to(log_p_N)], 1)
+    log_p, likeliest = (iter(column) for column in found_N2.T.tolist())
     return [
         [
             Score(-fmean(islice(log_p, len(target))), fmean(islice(likeliest, len(target))))

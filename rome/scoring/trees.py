@@ -15,10 +15,15 @@ from torch import Tensor
 
 @dataclass
 class Tree:
-    """Tokens of several texts; the token before `ids[n]` is `ids[parents[n]]`, or none for -1."""
+    """Tokens of several texts that come sorted, in which what they begin with alike stands once.
+
+    `ids[n]` comes before all of `ids[n + 1 : ends[n]]` in their texts, and before no others.
+    """
 
     ids: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    """How many tokens come before each in its texts."""
     _path: list[int] = field(default_factory=list)
     """The places of the last text's tokens."""
 
@@ -27,12 +32,16 @@ class Tree:
         return len(self.ids) + len(ids) - len(self._shared(ids))
 
     def add(self, ids: Sequence[int]) -> list[int]:
-        """The places of a text's tokens. Texts that come sorted share all that they can."""
+        """The places of a text's tokens, which must not sort before the texts that are there."""
         path = self._shared(ids)
+        size = len(self.ids) + len(ids) - len(path)
+        for place in path:
+            self.ends[place] = size
         for token in ids[len(path) :]:
-            self.parents.append(path[-1] if path else -1)
+            self.depths.append(len(path))
             path.append(len(self.ids))
             self.ids.append(token)
+            self.ends.append(size)
         self._path = path
         return path
 
@@ -42,15 +51,13 @@ class Tree:
         return [place for place, _ in takewhile(lambda pair: self.ids[pair[0]] == pair[1], pairs)]
 
 
-def sees(trees: Sequence[Tree]) -> Tensor:
+def sees(trees: Sequence[Tree], device: torch.device) -> Tensor:
     """The mask of the tokens that each token sees [B, T, T], bool, for trees padded on the right.
 
     It sees itself and those before it in its texts; padding sees itself.
     """
     T = max(len(tree.ids) for tree in trees)
-    sees_BTT = torch.eye(T, dtype=torch.bool).repeat(len(trees), 1, 1)
-    for tree, sees_TT in zip(trees, sees_BTT, strict=True):
-        for n, parent in enumerate(tree.parents):
-            if parent >= 0:
-                sees_TT[n] |= sees_TT[parent]
-    return sees_BTT
+    ends = [[*tree.ends, *range(len(tree.ends) + 1, T + 1)] for tree in trees]
+    ends_B1T = torch.tensor(ends)[:, None].to(device)
+    place_T = torch.arange(T, device=device)
+    return (place_T[:, None] >= place_T) & (place_T[:, None] < ends_B1T)

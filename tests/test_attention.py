@@ -1,0 +1,106 @@
+"""Attention in pieces, by matmuls and by the kernel for CUDA, equals attention over all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import close
+from torch import Tensor
+
+from rome.models import attention
+from rome.models.attention import Pieces
+
+ROOT = Path(__file__).parents[1]
+
+
+def made(
+    sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a pass as one tensor [B, Q, H + 2 G, d], the prefix's keys and
+    values [B, G, P, d], and a causal mask that hides some of the prefix."""
+    B, H, G, Q, P, d = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    mask = torch.zeros(B, 1, Q, P + Q, dtype=dtype)
+    for b in range(B):
+        mask[b, :, :, : min(b, P - 1)] = torch.finfo(dtype).min
+    later = torch.arange(Q) > torch.arange(Q)[:, None]
+    mask[..., P:].masked_fill_(later, torch.finfo(dtype).min)
+    return random(B, Q, H + 2 * G, d), random(B, G, P, d), random(B, G, P, d), mask
+
+
+SIZES = [(3, 4, 4, 6, 21, 16), (2, 4, 2, 3, 5, 32), (2, 2, 2, 1, 1, 64), (2, 2, 1, 4, 9, 80)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_pieces_are_attended_to_as_one(sizes: tuple[int, int, int, int, int, int]) -> None:
+    _, H, G, _, _, d = sizes
+    all_BQNd, keys, values, mask = made(sizes, torch.float64)
+    found = []
+    for pieces in (True, False):
+        leaf = all_BQNd.clone().requires_grad_()
+        query, key, value = (x.transpose(1, 2) for x in leaf.split([H, G, G], dim=2))
+        if pieces:
+            mixed = attention._by_matmuls(
+                query, Pieces(keys, key), Pieces(values, value), mask, d**-0.5, False
+            )
+        else:
+            key, value = (
+                torch.cat(x, 2).repeat_interleave(H // G, 1) for x in ((keys, key), (values, value))
+            )
+            scores = query @ key.mT * d**-0.5 + mask
+            mixed = (scores.softmax(-1) @ value).transpose(1, 2)
+        given = torch.linspace(-1, 1, mixed.numel(), dtype=mixed.dtype).view(mixed.shape)
+        (gradient,) = torch.autograd.grad(mixed, leaf, given)
+        found.append((mixed.detach(), gradient))
+    assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
+
+
+KERNEL = """
+import torch
+from test_attention import SIZES, made
+from tiny import close
+from rome.models import attention, short_attention
+from rome.models.attention import Pieces
+
+for sizes in SIZES:
+    _, H, G, _, _, d = sizes
+    all_BQNd, keys, values, mask = made(sizes, torch.float32)
+    found = []
+    for kernel in (True, False):
+        leaf = all_BQNd.clone().requires_grad_()
+        query, key, value = (x.transpose(1, 2) for x in leaf.split([H, G, G], dim=2))
+        pieces = Pieces(keys, key), Pieces(values, value)
+        assert short_attention.suits(query, keys)
+        if kernel:
+            mixed = short_attention.attend(query, *pieces, mask, d**-0.5)
+        else:
+            mixed = attention._by_matmuls(query, *pieces, mask, d**-0.5, False)
+        given = torch.linspace(-1, 1, mixed.numel()).view(mixed.shape)
+        (gradient,) = torch.autograd.grad(mixed, leaf, given)
+        found.append((mixed.detach(), gradient))
+    assert all(close(a, b) for a, b in zip(*found, strict=True)), sizes
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_computes_what_matmuls_compute() -> None:
+    """Triton's interpreter runs on a CPU; it knows no bfloat16."""
+    pytest.importorskip("triton")
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "equal\n", done.stderr
