@@ -104,7 +104,7 @@ class Driver:
         if not fits and not self._slots:
             self._progress.note(
                 f"No node has room for a worker (num_cpus={self._settings.num_cpus:g}, "
-                f"num_gpus={self._settings.num_gpus:g}); waiting for one to join."
+                f"num_gpus={self._settings.num_gpus or 0:g}); waiting for one to join."
             )
         # No more than there are leases.
         most = self._table.pending + sum(bool(slot.calls) for slot in self._slots)

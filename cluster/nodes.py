@@ -18,7 +18,7 @@ def worker_options(settings: RunSettings) -> dict[str, Any]:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # num_gpus=0 alone hides none.
     return {
         "num_cpus": settings.num_cpus,
-        "num_gpus": settings.num_gpus,
+        "num_gpus": settings.num_gpus or 0,
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": environment},
     }
@@ -26,15 +26,19 @@ def worker_options(settings: RunSettings) -> dict[str, Any]:
 
 def workers_that_fit(settings: RunSettings) -> int:
     """The number of workers that the cluster's nodes have room for, whoever uses it now."""
-    needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus}
-    return sum(
+    needs = {"CPU": settings.num_cpus, "GPU": settings.num_gpus or 0}
+    fits = 0
+    for there in (node["Resources"] for node in ray.nodes() if node["Alive"]):
         # The small term is for fractions: 1 // 0.1 is 9.
-        min(
+        here = min(
             (int(there.get(name, 0) / need + 1e-9) for name, need in needs.items() if need),
             default=1,
         )
-        for there in (node["Resources"] for node in ray.nodes() if node["Alive"])
-    )
+        if settings.memory_gib and not settings.num_gpus:
+            room = int(there.get("memory", 0) / 2**30 / settings.memory_gib)
+            here = min(here, max(room, 1))
+        fits += here
+    return fits
 
 
 def draining_nodes() -> set[str]:

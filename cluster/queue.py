@@ -165,8 +165,17 @@ class LeaseTable:
         self._queues: dict[str, deque[Lease]] = {}
         self._copied: set[Lease] = set()
         self._node_losses: Counter[Lease] = Counter()
+        self._groups = groups
+        self.queue(grid.rows)
+
+    def queue(self, rows: int) -> None:
+        """Queue what is not done in leases of so many rows, while no worker has one."""
+        grid = replace(self._grid, rows=rows)
         self._pending: deque[Lease] = deque(
-            lease for group in groups for whole in grid.leases(group) for lease in self._rest(whole)
+            lease
+            for group in self._groups
+            for whole in grid.leases(group)
+            for lease in self._rest(whole)
         )
 
     @property

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from cluster.driver import Driver, RunError
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import worker_options
+from cluster.nodes import worker_options, workers_that_fit
 from cluster.progress import Progress
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
@@ -80,6 +80,14 @@ def ensure_ray(settings: RunSettings) -> None:
         ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **quiet)
 
 
+def joined(settings: RunSettings) -> RunSettings:
+    """Join the cluster as `ensure_ray` does; the settings with what the cluster decides."""
+    ensure_ray(settings)
+    if settings.num_gpus is not None:
+        return settings
+    return replace(settings, num_gpus=int(ray.cluster_resources().get("GPU", 0) >= 1))
+
+
 def run(
     store: Store,
     groups: Sequence[str],
@@ -89,14 +97,16 @@ def run(
     settings: RunSettings | None = None,
     expect: dict[str, Any] | None = None,
     name: str | None = None,
+    gpu_rows: int | None = None,
 ) -> Outcome:
     """Do every record of the grid for every group that has no row in the store yet.
 
     `make_task` is pickled and builds the task in each worker. `expect` is what the task's
-    `describe()` must be. `name` is what logs and metrics call the run. Ray is not touched where
-    nothing is left to do. Raises LockedError while another driver works in `store`, ValueError
-    where a part there is of other data, StoreError where the store cannot be used, and RunError
-    where workers differ from `expect`, none can boot, or none can write.
+    `describe()` must be. `gpu_rows` are the rows of a lease where workers have GPUs, instead of the
+    grid's, or fewer where they would not go round. `name` is what logs and metrics call the run.
+    Ray is not touched where nothing is left to do. Raises LockedError while another driver works in
+    `store`, ValueError where a part there is of other data, StoreError where the store cannot be
+    used, and RunError where workers differ from `expect`, none can boot, or none can write.
     """
     name = name or store.uri
     settings = settings or RunSettings()
@@ -110,10 +120,17 @@ def run(
             )
         stopped = False
         if not table.finished:
-            ensure_ray(settings)
+            settings = joined(settings)
+            if settings.num_gpus and gpu_rows:
+                table.queue(_rows_on_gpus(table, grid, settings, gpu_rows))
             json_of = name if settings.logs == "json" else None
             shown = Progress(table.total, len(table.done), json_of)
             with _stop_signals() as stop, shown as progress:
+                if gpus := ray.cluster_resources().get("GPU", 0):
+                    progress.note(
+                        f"Each worker has {settings.num_gpus:g} of the cluster's {gpus:g} GPUs "
+                        "(workers.num_gpus)."
+                    )
                 actor = ray.remote(Worker).options(max_restarts=0, **worker_options(settings))
                 driver = Driver(
                     table,
@@ -139,9 +156,16 @@ def run(
         )
 
 
+def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: int) -> int:
+    """Rows of a lease, so few that each worker gets four of them, in multiples of the grid's."""
+    fits = workers_that_fit(settings) if settings.workers == "auto" else settings.workers
+    each = (table.total - len(table.done)) // (4 * max(fits, 1))
+    return max(grid.rows, min(most, each // grid.rows * grid.rows))
+
+
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
     """Call a function in a worker of these settings and return its answer. Raises RayError."""
-    ensure_ray(settings)
+    settings = joined(settings)
     return ray.get(ray.remote(function).options(**worker_options(settings)).remote(*args))
 
 
@@ -150,7 +174,7 @@ def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> I
 
     Ends early after SIGINT or SIGTERM. Raises RayError.
     """
-    ensure_ray(settings)
+    settings = joined(settings)
     # A retry would yield again from its own start, which Ray takes for what it has seen.
     options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
     with _stop_signals() as stop:

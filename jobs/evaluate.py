@@ -53,11 +53,16 @@ def evaluate(config: RunConfig, out: str) -> int:
     if config.edits:  # Absolute, since a worker's folder is another.
         config = replace(config, edits=Store(config.edits).uri)
     manifest = _manifest(config, store, records)
+    weights_gib = manifest.get("model_bytes", 0) / 2**30
+    workers = config.workers
+    if weights_gib and not workers.memory_gib:
+        # What they are converted from, and a pass.
+        workers = replace(workers, memory_gib=1.25 * weights_gib + 1)
     benchmark = manifest["benchmark"]["name"]
     evaluation = Evaluation(
         config=config,
         records=records,
-        grid=grid_of(records, config.records, config.lease_records),
+        grid=grid_of(records, config.records, config.lease(gpus=False)),
         templates=tuple(manifest["context_templates"]),
         second_moments={int(layer): file for layer, file in manifest["second_moments"].items()},
         weights=manifest["weights"],
@@ -70,7 +75,8 @@ def evaluate(config: RunConfig, out: str) -> int:
         evaluation.grid,
         partial(EvaluationTask, evaluation),
         evaluation.dead_row,
-        config.workers,
+        workers,
+        gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
     )
@@ -110,7 +116,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         **facts,
         "reversed_prompts": reversed_prompts(),
         "editors": list(config.editors),
-        "records": len(grid_of(records, config.records, config.lease_records)),
+        "records": len(grid_of(records, config.records, 1)),
         "records_store": records.uri,
         "second_moments": {
             str(layer): {"file": file, "sha256": file_sha256(file)} for layer, file in files.items()

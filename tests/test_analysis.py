@@ -43,7 +43,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     config = configs.load(folder / "run.yaml")
     store, run = Store(folder / "everyday"), Store(folder / "run" / "results")
-    grid = grid_of(store, config.records, config.lease_records)
+    grid = grid_of(store, config.records, config.lease(gpus=False))
     task = EvaluationTask(Evaluation(config, store, grid, tuple(TEMPLATES)))
     for editor in config.editors:
         for lease in grid.leases(group_of(config, "everyday", editor)):

@@ -19,6 +19,7 @@ import ray
 from fake_task import GRID, GROUPS, FakeTask, drive
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
+from cluster.nodes import workers_that_fit
 from cluster.progress import Rate
 from cluster.queue import Lease
 from cluster.run import RunError, RunSettings
@@ -281,3 +282,50 @@ def test_the_rate_is_recent_and_ignores_what_was_done_before() -> None:
     rate.add(30.0, 5210)
     assert rate.per_second(30.0) == 10.0
     assert rate.per_second(50.0) == 5.0
+
+
+def test_workers_are_no_more_than_a_node_has_memory_for() -> None:
+    fits = workers_that_fit(RunSettings(num_cpus=0.5))
+    assert fits == 8
+    assert workers_that_fit(RunSettings(num_cpus=0.5, memory_gib=1e6)) == 1
+    node = ray.nodes()[0]["Resources"]["memory"] / 2**30
+    assert workers_that_fit(RunSettings(num_cpus=0.5, memory_gib=node / 3)) == 3
+
+
+ON_A_GPU = """
+import functools, sys
+from pathlib import Path
+import ray
+from cluster.run import RunSettings, run
+from cluster.store import Store
+from fake_task import GRID, GROUPS, FakeTask, dead_row
+
+# A GPU that Ray hands out, and that no driver is asked for.
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+folder, num_gpus = Path(sys.argv[1]), eval(sys.argv[2])
+(folder / "log").mkdir(parents=True)
+store = Store(folder / "results")
+outcome = run(
+    store, GROUPS[:1], GRID, functools.partial(FakeTask, folder / "log"), dead_row,
+    RunSettings(num_gpus=num_gpus), {"fingerprint": "f00", "cuda": sys.argv[3]}, gpu_rows=20,
+)
+assert outcome.done == outcome.total == len(GRID), outcome
+print(len(store.list(f"{GROUPS[0]}/part-")))
+"""
+
+
+@pytest.mark.parametrize(("num_gpus", "sees", "parts"), [("None", "0", 5), ("0", "", 10)])
+def test_workers_take_a_gpu_where_the_cluster_has_some(
+    tmp_path: Path, num_gpus: str, sees: str, parts: int
+) -> None:
+    """And longer leases then: 22 and 15 records are 5 of up to 8, which is four for a worker and
+    a multiple of 4, instead of 10 of up to 4."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_GPU, str(tmp_path), num_gpus, sees],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )
+    assert done.stdout == f"{parts}\n", done.stderr
+    each = "1" if sees else "0"
+    assert f"Each worker has {each} of the cluster's 1 GPUs (workers.num_gpus)." in done.stderr

@@ -202,7 +202,7 @@ def test_the_job_is_a_run_that_fills_the_cluster_and_is_tried_again() -> None:
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = group["maxReplicas"] * limits["nvidia.com/gpu"]
-    assert config.workers.num_gpus * int(config.workers.workers) == gpus
+    assert (config.workers.num_gpus or 0) * int(config.workers.workers) == gpus
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"]
     (out,) = re.findall(r"--out (\S+)", spec["entrypoint"])

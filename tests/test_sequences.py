@@ -191,7 +191,7 @@ def test_a_record_that_is_leased_alone_is_scored_in_its_group(tmp_path: Path) ->
     """As after a failure: the model of a record does not depend on how leases were split."""
     config = configs.load(run_file(tmp_path, sequence=2))
     store = Store(tmp_path / "records")
-    grid = grid_of(store, config.records, config.lease_records)
+    grid = grid_of(store, config.records, config.lease(gpus=False))
     task = EvaluationTask(Evaluation(config, store, grid, tuple(TEMPLATES)))
     group = "benchmark=records/model=tiny-gpt2/editor=many"
     leases = list(grid.leases(group))

@@ -207,4 +207,8 @@ def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]
     templates = chosen.texts or prompts.context_templates(
         sample_context_texts(model, chosen.lengths, chosen.seed)
     )
-    return {"model_fingerprint": model.fingerprint(), "context_templates": list(templates)}
+    return {
+        "model_fingerprint": model.fingerprint(),
+        "model_bytes": sum(p.numel() * p.itemsize for p in model.hf.parameters()),
+        "context_templates": list(templates),
+    }
