@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
+from unittest import mock
 
 import oracle
 import pytest
@@ -26,7 +27,7 @@ from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES, close
 from rome.data.records import Request
 from rome.editors.rome import Rome, RomeSettings
 from rome.edits.deltas import applied, dense
-from rome.models import EditableModel
+from rome.models import EditableModel, costs
 from rome.models.families import FAMILIES
 from rome.second_moment import Solver
 
@@ -81,6 +82,19 @@ SETTINGS = pytest.mark.parametrize(
 @pytest.mark.usefixtures("no_narrowing")
 def test_batch_equals_one_record_at_a_time(family: str, kind: str, settings: RomeSettings) -> None:
     check_batches(tiny.model(family, "float64", kind), settings, ADAM_ROUNDING)
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("settings", [CLAMPED, STOPPING], ids=["clamped", "stopping"])
+@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.usefixtures("no_narrowing")
+def test_edits_that_are_done_and_stay_in_the_batch_change_no_more(
+    family: str, settings: RomeSettings, share: float
+) -> None:
+    """On a GPU they leave together, some evaluations later."""
+    staying = replace(costs.COSTS["cpu"], leaving=share)
+    with mock.patch.dict(costs.COSTS, cpu=staying):
+        check_batches(tiny.model(family, "float64"), settings, ADAM_ROUNDING)
 
 
 @SETTINGS
