@@ -22,7 +22,8 @@ from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.parts import collect
 from rome.analysis import comparison
-from rome.analysis.summary import METRICS, ZSRE_METRICS, with_metrics
+from rome.analysis.metrics import table_of
+from rome.analysis.summary import with_metrics
 from rome.data.results import OK
 
 app = cli.new_app()
@@ -84,8 +85,8 @@ def compare(run_dirs: Sequence[str], metrics: Sequence[str]) -> tuple[pl.DataFra
     """
     rows = read(run_dirs)
     if not metrics:
-        counterfact = [name for name in METRICS[1:] if rows[name].count()]
-        metrics = counterfact or ZSRE_METRICS
+        counterfact = [name for name in table_of("counterfact")[1:] if rows[name].count()]
+        metrics = counterfact or table_of("zsre")
     return comparison.compare(rows, metrics), comparison.health(rows)
 
 

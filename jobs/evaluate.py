@@ -34,7 +34,7 @@ from jobs.tasks.evaluation import (
     model_facts,
 )
 from jobs.tasks.training import trained
-from rome.analysis.summary import PROTOCOL
+from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
 from rome.paths import ROOT
 

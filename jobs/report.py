@@ -26,13 +26,12 @@ from jobs.runs import manifests
 from jobs.sweep import SWEEP
 from rome.analysis import comparison, failures
 from rome.analysis.failures import FAILURES
-from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+from rome.analysis.metrics import SUCCESSES, table_of
 from rome.data.results import ERROR, OK
 
 _FIGURES = "figures/"
 _WAY_OUT = "Give what jobs.evaluate, jobs.sweep or jobs.trace wrote to."
 _DEAD_SHOWN = 200
-_SUCCESSES = ("ES", "PS", "NS")
 
 
 def report(run_dirs: Sequence[str], texts: int) -> str:
@@ -57,10 +56,12 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
     summary = reduce(uris)
     prompts = report_data.read_prompts([manifest_of[uri] for uri in uris])
     counterfact = bool(rows["ES"].count())
-    metrics = [m for m in (METRICS if counterfact else ZSRE_METRICS) if _has(summary, m)]
-    extra = [name for name in EXTRA_METRICS if _has(summary, name)]
+    metrics, extra = (
+        [name for name in table_of(benchmark) if _has(summary, name)]
+        for benchmark in ("counterfact" if counterfact else "zsre", None)
+    )
     per_record = [name for name in metrics if name != "S"]
-    successes = [m for m in (_SUCCESSES if counterfact else ZSRE_METRICS) if m in per_record]
+    successes = [m for m in (SUCCESSES if counterfact else metrics) if m in per_record]
     pairs = _pairs(rows, per_record)
     style = report_figures.styles(rows)
     return render(

@@ -17,8 +17,10 @@ from typer.testing import CliRunner, Result
 
 from jobs.compare import app
 from rome.analysis.comparison import compare, health
-from rome.analysis.summary import METRICS
+from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+
+METRICS = table_of("counterfact")
 
 SCORING = {"generation": {"seed": 0}}
 

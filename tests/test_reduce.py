@@ -12,8 +12,10 @@ from parts_of_runs import result_rows, write_part
 from typer.testing import CliRunner, Result
 
 from jobs.reduce import app, reduce
-from rome.analysis.summary import METRICS
+from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+
+METRICS = table_of("counterfact")
 
 
 def make_run(run_dir: Path, records: int = 40, done: int = 40) -> Path:

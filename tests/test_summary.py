@@ -11,8 +11,11 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from rome.analysis.summary import METRICS, record_metrics, summarize
+from rome.analysis.metrics import table_of
+from rome.analysis.summary import record_metrics, summarize
 from rome.data.results import ERROR, OK, RESULT_SCHEMA
+
+METRICS = table_of("counterfact")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEN_RECORDS = DATA / "reference" / "ten_records.json"

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS
+from rome.analysis.metrics import METRICS, table_of
 from rome.paths import CONFIGS
 
 _LABELS = {"none": "unedited"}
@@ -24,10 +24,6 @@ _COUNTS = ("n", "dead")
 _CAPTION = (
     "All x 100; ± is 1.96 std / sqrt(n) over records. "
     "summary.parquet also has 95 % bootstrap intervals clustered by relation."
-)
-_EXTRA_CAPTION = (
-    " _strict: what is said greedily is the target; NS_plus: NS after the edited sentence; "
-    "RVS: the reversed fact is likelier with the new object."
 )
 # Without the sign of a zero.
 _VALUE = "{:z.1f}"
@@ -139,11 +135,15 @@ def _measured(frame: pl.DataFrame) -> list[_Block]:
     """The rows with the paper's metrics of their benchmark, then with the others that some have."""
     rows = frame.to_dicts()
     # An editor that has not begun has no metric: what its run is of, the others know.
-    known = {row["run"] for row in rows if row["ES"] is None and row["efficacy"] is not None}
-    zsre = [row for row in rows if row["run"] in known]
-    others = [row for row in rows if row["run"] not in known]
-    extra = [name for name in EXTRA_METRICS if any(row[name] is not None for row in rows)]
-    blocks = (_Block(METRICS, others), _Block(ZSRE_METRICS, zsre), _Block(extra, rows))
+    runs = {row["run"] for row in rows if row["ES"] is None and row["efficacy"] is not None}
+    zsre = [row for row in rows if row["run"] in runs]
+    others = [row for row in rows if row["run"] not in runs]
+    extra = [name for name in table_of(None) if any(row[name] is not None for row in rows)]
+    blocks = (
+        _Block(table_of("counterfact"), others),
+        _Block(table_of("zsre"), zsre),
+        _Block(extra, rows),
+    )
     return [block for block in blocks if block.metrics and block.rows]
 
 
@@ -171,8 +171,9 @@ def _published() -> dict[str, Any]:
 
 
 def _caption(blocks: Sequence[_Block]) -> str:
-    extra = any(name in EXTRA_METRICS for block in blocks for name in block.metrics)
-    return _CAPTION + (_EXTRA_CAPTION if extra else "")
+    shown = [METRICS[name] for block in blocks for name in block.metrics if name in METRICS]
+    captions = dict.fromkeys(metric.caption for metric in shown if metric.caption)
+    return _CAPTION + (f" {'; '.join(captions)}." if captions else "")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:

@@ -15,11 +15,9 @@ from scipy.stats import wilcoxon
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from rome.analysis.summary import EXTRA_METRICS, METRICS, ZSRE_METRICS, cluster_of, resampled_means
+from rome.analysis.metrics import METRICS
+from rome.analysis.summary import cluster_of, resampled_means
 from rome.data.results import OK
-
-RECORD_METRICS = (*METRICS[1:], *ZSRE_METRICS, *EXTRA_METRICS)
-"""All but S, which a record does not have."""
 
 SMALL_DIVISOR = 0.1
 """A divisor is small below this share of the row's median. The update is as large as its inverse,
@@ -51,9 +49,7 @@ def compare(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     if len(labels) < 2:
         raise ValueError(f"a comparison takes at least two editors, got {labels}")
     if unknown := [name for name in metrics if name not in rows.columns]:
-        raise ValueError(
-            f"a metric must be one of {', '.join(RECORD_METRICS)}, got {', '.join(unknown)}"
-        )
+        raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {', '.join(unknown)}")
     scored = rows.filter(pl.col("status") == OK)
     binary = {name for name in metrics if scored[name].drop_nulls().is_in([0.0, 1.0]).all()}
     found = [

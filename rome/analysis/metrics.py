@@ -1,0 +1,120 @@
+"""The metrics of a record, each defined in one place: tables, comparisons, reports follow.
+
+Two protocols stand side by side:
+- paper: what the released code of the ROME paper computes (`experiments/summarize.py`) from
+  probabilities under teacher forcing. It has all metrics but those of
+- strict: names end in `_strict`. The model speaks greedily until a natural stop (see
+  `rome.scoring.greedy`) and must say the target and nothing else. Case counts; white space at
+  either end and in runs, and a full stop at the end, do not.
+
+docs/new-metric.md adds one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+PROTOCOL = "paper, strict"
+
+Benchmark = Literal["counterfact", "zsre"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number of a record, from the columns of RESULT_SCHEMA; tables show its mean x 100."""
+
+    value: pl.Expr | None
+    """Null where the record has no such number. None: a result row has it as a column."""
+    benchmark: Benchmark | None = None
+    """The benchmark in whose table of the paper it stands; None has a table of its own."""
+    caption: str = ""
+    """What a table must say of it."""
+
+
+def success(kind: str, better: str, worse: str) -> pl.Expr:
+    """The share of a kind's prompts after which one target is strictly likelier than the other.
+
+    A tie, or a likelihood that is not a number, is a failure on either side.
+    """
+    # A difference below zero, since NaN is greater than all numbers to polars, but is not here.
+    difference = pl.col(f"{kind}_nll_{better}") - pl.col(f"{kind}_nll_{worse}")
+    return difference.list.eval(pl.element() < 0).list.mean()
+
+
+def magnitude(kind: str, better: str, worse: str) -> pl.Expr:
+    """The mean difference of the targets' probabilities exp(-nll)."""
+    one, other = (_probabilities(pl.col(f"{kind}_nll_{target}")) for target in (better, worse))
+    return (one - other).list.mean()
+
+
+def _probabilities(nll: pl.Expr) -> pl.Expr:
+    return nll.list.eval((-pl.element()).exp())
+
+
+def told(kind: str) -> pl.Expr:
+    """Of the target's tokens, the share that is the likeliest (`eval_utils_zsre.py`)."""
+    return pl.col(f"{kind}_accuracy").list.mean()
+
+
+def said(kind: str) -> pl.Expr:
+    """The share of prompts after which the model says the target, in NS the true one."""
+    true = pl.coalesce("neighborhood_target", "target_true")
+    target = true if kind == "neighborhood" else pl.col("target_new")
+    texts = pl.col(f"{kind}_greedy")
+    # Inside a list no other column can be seen, so fenced texts are joined and the target sought.
+    fenced = texts.list.eval(_fenced(pl.element())).list.join("")
+    count = fenced.str.count_matches(_fenced(target), literal=True)
+    return pl.when(texts.list.len() > 0).then(count / texts.list.len())
+
+
+def _fenced(text: pl.Expr) -> pl.Expr:
+    """The words of a text, between characters that no text has."""
+    words = text.str.replace_all(r"\s+", " ").str.strip_chars().str.strip_suffix(".")
+    return pl.concat_str(pl.lit("\x02"), words.str.strip_chars(), pl.lit("\x03"))
+
+
+_STRICT = "_strict: what is said greedily is the target"
+
+METRICS: dict[str, Metric] = {
+    "ES": Metric(value=success("rewrite", "new", "true"), benchmark="counterfact"),
+    "EM": Metric(value=magnitude("rewrite", "new", "true"), benchmark="counterfact"),
+    "PS": Metric(value=success("paraphrase", "new", "true"), benchmark="counterfact"),
+    "PM": Metric(value=magnitude("paraphrase", "new", "true"), benchmark="counterfact"),
+    "NS": Metric(value=success("neighborhood", "true", "new"), benchmark="counterfact"),
+    "NM": Metric(value=magnitude("neighborhood", "true", "new"), benchmark="counterfact"),
+    "GE": Metric(value=None, benchmark="counterfact"),
+    "RS": Metric(value=None, benchmark="counterfact"),
+    "efficacy": Metric(value=told("rewrite"), benchmark="zsre"),
+    "paraphrase": Metric(value=told("paraphrase"), benchmark="zsre"),
+    "specificity": Metric(value=told("neighborhood"), benchmark="zsre"),
+    "ES_strict": Metric(value=said("rewrite"), caption=_STRICT),
+    "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT),
+    "NS_strict": Metric(value=said("neighborhood"), caption=_STRICT),
+    "NS_plus": Metric(
+        value=success("neighborhood_plus", "true", "new"),
+        caption="NS_plus: NS after the edited sentence",
+    ),
+    "RVS": Metric(
+        value=success("reversed", "new", "true"),
+        caption="RVS: the reversed fact is likelier with the new object",
+    ),
+}
+"""By name, in the order of tables."""
+
+# Their harmonic mean is S.
+SUCCESSES = ("ES", "PS", "NS")
+
+
+def table_of(benchmark: Benchmark | None) -> list[str]:
+    """The columns of a benchmark's table, or of the table of all metrics that have none."""
+    names = [name for name, metric in METRICS.items() if metric.benchmark == benchmark]
+    return ["S", *names] if benchmark == "counterfact" else names
+
+
+def harmonic_mean() -> pl.Expr:
+    """S from the columns ES, PS and NS: null if one of them is null, 0 if one of them is 0."""
+    inverses = [1 / pl.col(name) for name in SUCCESSES]
+    return len(inverses) / pl.sum_horizontal(inverses, ignore_nulls=False)
