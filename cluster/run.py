@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.driver import Driver, RunError
+from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.nodes import worker_options, workers_that_fit
@@ -119,7 +120,13 @@ def run(
                 file=sys.stderr,
             )
         stopped = False
-        if not table.finished:
+        if not table.finished and settings.workers == 0:
+            with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
+                stopped = drive_here(
+                    table, grid, store, make_task(), dead_row, expect, stop, progress
+                )
+            table = LeaseTable(store, groups, grid)
+        elif not table.finished:
             settings = joined(settings)
             if settings.num_gpus and gpu_rows:
                 table.queue(_rows_on_gpus(table, grid, settings, gpu_rows))
@@ -164,7 +171,12 @@ def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: in
 
 
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
-    """Call a function in a worker of these settings and return its answer. Raises RayError."""
+    """Call a function in a worker of these settings and return its answer. Raises RayError.
+
+    Without workers it is called here, and raises what it raises.
+    """
+    if settings.workers == 0:
+        return function(*args)
     settings = joined(settings)
     return ray.get(ray.remote(function).options(**worker_options(settings)).remote(*args))
 
@@ -172,8 +184,16 @@ def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any
 def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Iterator[Any]:
     """Run a generator function in a worker of these settings and yield its values as they come.
 
-    Ends early after SIGINT or SIGTERM. Raises RayError.
+    Ends early after SIGINT or SIGTERM. Raises RayError; without workers it runs here, and raises
+    what it raises.
     """
+    if settings.workers == 0:
+        with _stop_signals() as stop:
+            for value in function(*args):
+                yield value
+                if stop.is_set():
+                    return
+        return
     settings = joined(settings)
     # A retry would yield again from its own start, which Ray takes for what it has seen.
     options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}

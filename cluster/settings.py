@@ -12,7 +12,7 @@ class RunSettings:
 
     workers: int | Literal["auto"] = "auto"
     """`"auto"`: as many as fit into the cluster, also when it grows. Of a number, those that do not
-    fit wait for a node."""
+    fit wait for a node. 0: in this process, without Ray."""
     num_cpus: float = 1
     num_gpus: float | None = None
     """Of one worker; a fraction shares a GPU. With 0, the worker sees no GPU. Null: one where the

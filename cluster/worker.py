@@ -174,7 +174,7 @@ class Worker:
         verified = time.monotonic()
         try:
             with time_limit(COMMIT_LIMIT):
-                errors, written = self._commit(lease, table)
+                errors, written = commit(self._store, self._grid, lease, table)
         except StoreError as error:
             return Report(failure=describe_error(error), blame="store")
         except Exception as error:
@@ -187,24 +187,29 @@ class Worker:
         }
         return Report(errors, seconds=seconds, written=written)
 
-    def _commit(self, lease: Lease, table: pa.Table) -> tuple[dict[int, str], int]:
-        """The dead letters of what was written, and its bytes."""
-        ids = table["case_id"].to_pylist()
-        if ids != list(self._grid.ids(lease)):
-            raise ValueError(
-                "Task.run must return one row for each case id of the lease, in order: "
-                f"expected {list(self._grid.ids(lease))}, got {ids}"
-            )
-        if "error" not in table.column_names or table["error"].null_count == lease.rows:
-            return {}, self._write(lease, table)
-        # A dead letter is alone in its part, so that a retry replaces it (see cluster.queue).
-        singles = enumerate(lease.singles())
-        written = sum(self._write(single, table.slice(row, 1)) for row, single in singles)
-        errors = zip(ids, table["error"].to_pylist(), strict=True)
-        return {case_id: error for case_id, error in errors if error is not None}, written
 
-    def _write(self, lease: Lease, table: pa.Table) -> int:
-        return patiently(lambda: self._store.write_table(lease.part, table), COMMIT_SECONDS)
+def commit(store: Store, grid: Grid, lease: Lease, table: pa.Table) -> tuple[dict[int, str], int]:
+    """Write the rows of a lease. The dead letters of what was written, and its bytes.
+
+    Raises ValueError where the rows are not those of the lease, and StoreError.
+    """
+    ids = table["case_id"].to_pylist()
+    if ids != list(grid.ids(lease)):
+        raise ValueError(
+            "Task.run must return one row for each case id of the lease, in order: "
+            f"expected {list(grid.ids(lease))}, got {ids}"
+        )
+
+    def write(lease: Lease, table: pa.Table) -> int:
+        return patiently(lambda: store.write_table(lease.part, table), COMMIT_SECONDS)
+
+    if "error" not in table.column_names or table["error"].null_count == lease.rows:
+        return {}, write(lease, table)
+    # A dead letter is alone in its part, so that a retry replaces it (see cluster.queue).
+    singles = enumerate(lease.singles())
+    written = sum(write(single, table.slice(row, 1)) for row, single in singles)
+    errors = zip(ids, table["error"].to_pylist(), strict=True)
+    return {case_id: error for case_id, error in errors if error is not None}, written
 
 
 def _stages(table: pa.Table) -> dict[str, float]:

@@ -126,6 +126,16 @@ def test_same_numbers_whatever_the_workers_leases_and_batches(
         assert same(one, other), (one, other)
 
 
+def test_no_workers_do_the_same_in_this_process_without_ray(
+    reference: Path, workspace: Path
+) -> None:
+    out = workspace / "runs" / "here"
+    status, text = evaluate(workspace, out, "nowhere:1", "workers.workers=0")
+    assert status == 0, text
+    for one, other in zip(numbers(rows(reference)), numbers(rows(out)), strict=True):
+        assert same(one, other), (one, other)
+
+
 def test_the_same_line_again_does_nothing_in_seconds(
     reference: Path, workspace: Path, ray_address: str
 ) -> None:

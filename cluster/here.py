@@ -1,0 +1,61 @@
+"""A run in this process, without Ray: for a debugger, a notebook, a first look in seconds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.driver import RunError
+from cluster.progress import Progress
+from cluster.queue import Grid, Lease, LeaseTable
+from cluster.slots import difference, what
+from cluster.store import DamagedError, Store, StoreError
+from cluster.worker import Task, commit, describe_error
+
+_HERE = "here"
+
+log = logging.getLogger(__name__)
+
+
+def drive_here(
+    table: LeaseTable,
+    grid: Grid,
+    store: Store,
+    task: Task,
+    dead_row: Callable[[Lease, str, int], pa.Table],
+    expect: dict[str, Any] | None,
+    stop: threading.Event,
+    progress: Progress,
+) -> bool:
+    """Work until everything is done; returns whether `stop` ended it before.
+
+    Records that fail become dead letters as in any run, with their traceback in the log. Nothing
+    ends a record that takes too long: somebody may be looking at it in a debugger. Raises RunError
+    where the task is not what is expected, and whatever its `verify` raises.
+    """
+    if expect is not None and (facts := task.describe()) != expect:
+        raise RunError(difference(expect, facts))
+    while not table.finished and not stop.is_set():
+        lease = table.lease(_HERE)
+        assert lease is not None
+        try:
+            rows = task.run(lease)
+        except (StoreError, DamagedError):
+            raise
+        except Exception as error:
+            log.warning("%s failed", what(grid, lease), exc_info=True)
+            progress.note(f"{what(grid, lease)} failed: {describe_error(error)}")
+            if (last := table.fail(_HERE, lease)) is not None:
+                store.write_table(last.part, dead_row(last, describe_error(error), last.attempt))
+                table.complete(_HERE, last, dict.fromkeys(grid.ids(last), describe_error(error)))
+            task.verify()
+            continue
+        task.verify()
+        errors, _ = commit(store, grid, lease, rows)
+        table.complete(_HERE, lease, errors)
+        progress.update(len(table.done), len(table.dead), 1, 1)
+    return not table.finished

@@ -1,0 +1,64 @@
+"""A run without workers is done in this process, as any run is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_task import GRID, GROUPS, FakeTask, dead_row
+
+from cluster.run import RunError, RunSettings, once, run, stream
+from cluster.store import Store
+
+HERE = RunSettings(workers=0)
+
+
+def test_every_record_has_its_row_and_bad_ones_an_error(tmp_path: Path) -> None:
+    log, store = tmp_path / "log", Store(tmp_path / "results")
+    log.mkdir()
+    bad = {104: "raise", 111: "row"}
+
+    def drive() -> tuple[int, int, list[int]]:
+        outcome = run(store, GROUPS, GRID, lambda: FakeTask(log, bad), dead_row, HERE)
+        assert not outcome.stopped
+        assert not outcome.duplicates
+        return outcome.done, outcome.total, sorted(case_id for _, case_id, _ in outcome.dead)
+
+    assert drive() == (74, 74, [104, 104, 111, 111])
+    tries = (log / f"{GROUPS[0]}-104").read_text().splitlines()
+    assert [line.split()[2] for line in tries] == ["1", "1", "2", "3"]  # Its lease, then alone.
+    ran = {path.name: path.read_text() for path in log.glob("editor*")}
+    assert drive() == (74, 74, [104, 104, 111, 111])
+    assert {path.name: path.read_text() for path in log.glob("editor*")} == ran
+
+
+def test_a_changed_state_ends_the_run_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    log, store = tmp_path / "log", Store(tmp_path / "results")
+    log.mkdir()
+    with pytest.raises(ValueError, match="the weights are not what they were"):
+        run(store, GROUPS, GRID, lambda: FakeTask(log, {110: "dirty once"}), dead_row, HERE)
+    outcome = run(store, GROUPS, GRID, lambda: FakeTask(log), dead_row, HERE)
+    assert (outcome.done, outcome.dead) == (74, [])
+    assert len((log / f"{GROUPS[0]}-100").read_text().splitlines()) == 1
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    task = FakeTask(tmp_path / "log")
+    with pytest.raises(RunError, match="fingerprint: the run has 'abc', the worker has 'f00'"):
+        run(
+            Store(tmp_path / "results"),
+            GROUPS,
+            GRID,
+            lambda: task,
+            dead_row,
+            HERE,
+            expect={**task.describe(), "fingerprint": "abc"},
+        )
+
+
+def test_functions_are_called_here() -> None:
+    here: list[int] = []
+    assert once(here.append, 3, settings=HERE) is None
+    assert list(stream(lambda n: iter(range(n)), 3, settings=HERE)) == [0, 1, 2]
+    assert here == [3]
