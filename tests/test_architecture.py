@@ -66,6 +66,21 @@ def test_the_picture_shows_every_module_and_no_other() -> None:
     assert shown - there <= helpers, "docs/architecture.md shows what is not there"
 
 
+def test_letters_of_shapes_mean_the_same_everywhere() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    reserved = dict(re.findall(r"^\| (\w) \| (.+) \|$", text, re.MULTILINE))
+    assert set(reserved) == set("BETDKVLd")
+    explained = 0
+    for name, path in modules("rome"):
+        for legend in re.findall(r"^Legend: (.+?)\.\n(?=\n|\"\"\")", path.read_text(), re.M | re.S):
+            flat = " ".join(legend.split())
+            for letter, word in re.findall(r"(?:^|, |and )(\w) ([a-z]+)", flat):
+                if letter in reserved:
+                    assert word in reserved[letter], (name, letter, word)
+                    explained += 1
+    assert explained > 60
+
+
 @pytest.mark.parametrize(
     "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name
 )

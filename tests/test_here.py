@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from fake_task import GRID, GROUPS, FakeTask, dead_row
 
 from cluster.run import RunError, RunSettings, once, run, stream
 from cluster.store import Store
+from jobs.runs.config import ModelConfig
+from jobs.tasks.loading import load_model
 
 HERE = RunSettings(workers=0)
 
@@ -62,3 +65,12 @@ def test_functions_are_called_here() -> None:
     assert once(here.append, 3, settings=HERE) is None
     assert list(stream(lambda n: iter(range(n)), 3, settings=HERE)) == [0, 1, 2]
     assert here == [3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees GPUs here")
+def test_a_worker_whose_torch_sees_none_of_its_gpus_refuses_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=0.*workers.num_gpus=0"):
+        load_model(ModelConfig(name="tiny", source="nowhere", dtype="float32"))

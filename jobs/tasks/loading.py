@@ -1,5 +1,7 @@
 """The model of a run, loaded where it is asked for."""
 
+import os
+
 import torch
 
 from jobs.runs.config import ModelConfig
@@ -8,9 +10,18 @@ from rome.models import EditableModel
 
 
 def load_model(config: ModelConfig) -> EditableModel:
-    """Load a config's model; `device: auto` is all GPUs that this process sees, else the CPU."""
-    device = config.device
+    """Load a config's model; `device: auto` is all GPUs that this process sees, else the CPU.
+
+    Raises ValueError where it was given GPUs that torch does not see: it would be slow, silently.
+    """
+    device, given = config.device, os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and (gpus := torch.cuda.device_count()) < 2:
+        if given and not gpus:
+            raise ValueError(
+                f"torch {torch.__version__} must see the GPUs that this worker has "
+                f"(CUDA_VISIBLE_DEVICES={given}), and sees none: install torch for CUDA, or take "
+                "the CPUs with --set workers.num_gpus=0"
+            )
         device = "cuda" if gpus else "cpu"
     models.use_precision(config.dtype)  # This process computes with this model only.
     return models.load(config.source, config.dtype, device, config.name)

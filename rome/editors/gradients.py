@@ -4,7 +4,7 @@ A weight's gradient is sum_t delta_t x_t^T: its input x_t and the gradient delta
 each token. Only the layers that hold such weights, and those after them, are run backwards.
 
 Legend: E edits, B rows, T tokens, N predicted tokens, H hidden size, V vocabulary, D output size of
-a weight, K its input size.
+a weight, K input size of a weight.
 """
 
 from __future__ import annotations

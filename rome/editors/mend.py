@@ -3,7 +3,7 @@
 Mitchell et al. 2022, Section 3.2, as in the published code (eric-mitchell/mend, `GradientTransform`
 and `IDMLP`), which adds the transformed gradient to a weight, each with a learnt rate of its own.
 
-Legend: E edits, T tokens, N tokens of all edits, D output size of a weight, K its input size,
+Legend: E edits, T tokens, N tokens of all edits, D output size of a weight, K input size of it,
 S either of them, R rank of a layer, M weights of one shape.
 """
 
