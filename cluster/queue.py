@@ -34,7 +34,7 @@ class Lease:
 
     @property
     def part(self) -> str:
-        """The name of the part; from the grid alone, so that late writers write the same name."""
+        """The name of the part; from its rows alone, so that late writers write the same name."""
         return f"{self.group}/part-{self.shard:05d}-{self.start:06d}-{self.stop:06d}.parquet"
 
     @property
@@ -285,10 +285,14 @@ class LeaseTable:
             self.done.add(key)
 
     def _rest(self, whole: Lease) -> list[Lease]:
-        """The rest of a lease of the grid: all of it, or single records of it."""
+        """The rest of a lease: all of it, or those of the grid in it, or single records of them."""
         keys = self._keys(whole)
         if self.done.isdisjoint(keys) and self._retrying.isdisjoint(keys):
             return [whole]
+        if whole.rows > (rows := self._grid.rows):
+            starts = range(whole.start, whole.stop, rows)
+            parts = [replace(whole, start=i, stop=min(i + rows, whole.stop)) for i in starts]
+            return [lease for part in parts for lease in self._rest(part)]
         return [one for one in whole.singles() if self._keys(one)[0] not in self.done]
 
     def _keys(self, lease: Lease) -> list[Key]:

@@ -164,9 +164,12 @@ def run(
 
 
 def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: int) -> int:
-    """Rows of a lease, so few that each worker gets four of them, in multiples of the grid's."""
+    """Rows of a lease, so few that each worker gets four of them, in multiples of the grid's.
+
+    Of all records and not of those that are left, so that a resumed run has the same leases.
+    """
     fits = workers_that_fit(settings) if settings.workers == "auto" else settings.workers
-    each = (table.total - len(table.done)) // (4 * max(fits, 1))
+    each = table.total // (4 * max(fits, 1))
     return max(grid.rows, min(most, each // grid.rows * grid.rows))
 
 

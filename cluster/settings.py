@@ -12,14 +12,14 @@ class RunSettings:
 
     workers: int | Literal["auto"] = "auto"
     """`"auto"`: as many as fit into the cluster, also when it grows. Of a number, those that do not
-    fit wait for a node. 0: in this process, without Ray."""
+    fit wait for a node. 0: in this process, without Ray, on what torch sees there."""
     num_cpus: float = 1
     num_gpus: float | None = None
     """Of one worker; a fraction shares a GPU. With 0, the worker sees no GPU. Null: one where the
     cluster has GPUs when the run begins, else none."""
     memory_gib: float = 0
-    """Memory that a worker without a GPU takes: `"auto"` starts no more on a node than it has room
-    for, and at least one."""
+    """Memory that a worker without a GPU takes: `"auto"` starts no more than the nodes have room
+    for together, and at least one for each."""
     max_attempts: int = 3
     """Failures of a record in a lease of its own before it becomes a dead letter."""
     in_flight: int = 2

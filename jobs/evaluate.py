@@ -53,11 +53,7 @@ def evaluate(config: RunConfig, out: str) -> int:
     if config.edits:  # Absolute, since a worker's folder is another.
         config = replace(config, edits=Store(config.edits).uri)
     manifest = _manifest(config, store, records)
-    weights_gib = manifest.get("model_bytes", 0) / 2**30
-    workers = config.workers
-    if weights_gib and not workers.memory_gib:
-        # What they are converted from, and a pass.
-        workers = replace(workers, memory_gib=1.25 * weights_gib + 1)
+    config = _sized(config, manifest.get("model_bytes", 0))
     benchmark = manifest["benchmark"]["name"]
     evaluation = Evaluation(
         config=config,
@@ -75,7 +71,7 @@ def evaluate(config: RunConfig, out: str) -> int:
         evaluation.grid,
         partial(EvaluationTask, evaluation),
         evaluation.dead_row,
-        workers,
+        config.workers,
         gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
@@ -83,6 +79,15 @@ def evaluate(config: RunConfig, out: str) -> int:
     if outcome.done:
         show(reduce([store.uri]))
     return cli.ended(outcome, "rows", "case")
+
+
+def _sized(config: RunConfig, model_bytes: int) -> RunConfig:
+    """The config with the memory of a worker, unless it says so itself."""
+    if config.workers.memory_gib or not model_bytes:
+        return config
+    # What the weights are converted from, and a pass.
+    memory_gib = 1.25 * model_bytes / 2**30 + 1
+    return replace(config, workers=replace(config.workers, memory_gib=memory_gib))
 
 
 def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
@@ -109,7 +114,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         return there
     weights = _weights(config)  # Refused at once where they are not there.
     facts = once(model_facts, config, weights, settings=config.workers)
-    files = {} if config.edits else second_moment.ensure(config)
+    sized = _sized(config, facts["model_bytes"])
+    files = {} if config.edits else second_moment.ensure(sized)
     manifest = {
         "name": config.name,
         **now,

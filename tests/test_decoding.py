@@ -50,6 +50,20 @@ def test_a_text_ends_at_the_last_position_while_others_go_on() -> None:
         assert said(rows) == alone
 
 
+def test_a_text_longer_than_the_models_positions_is_refused() -> None:
+    model = tiny.model("llama", "float64")
+    limit = model.hf.config.max_position_embeddings
+    starts = generation.starts(model, ["Paris"], 0, case_id=7)
+
+    def said(tokens: int) -> list[list[int]]:
+        settings = GenerationSettings(max_tokens=tokens)
+        return generation.generate(model, starts, [generation.UNEDITED], settings, 1000)
+
+    assert len(said(limit + 1)[0]) == limit + 1
+    with pytest.raises(ValueError, match=rf"{limit} positions, got {limit + 2} tokens"):
+        said(limit + 2)
+
+
 def test_rows_leave_when_they_are_complete_where_that_is_cheaper() -> None:
     rows = [Row([1], 0, 5), Row([1, 2], 0, 3), Row([1], 0, 1)]
     passes = list(decoding._passes(rows, 2, torch.device("cpu")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from fake_task import GRID, GROUPS, FakeTask, dead_row
 
@@ -69,8 +70,14 @@ def test_functions_are_called_here() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees GPUs here")
 def test_a_worker_whose_torch_sees_none_of_its_gpus_refuses_the_cpu(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = tiny.model("gpt2")
+    model.hf.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(name="tiny", source=str(tmp_path), dtype="float64")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=0.*workers.num_gpus=0"):
-        load_model(ModelConfig(name="tiny", source="nowhere", dtype="float32"))
+        load_model(config)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert load_model(config).device.type == "cpu"

@@ -75,6 +75,17 @@ def test_resume_of_a_split_lease_leases_its_missing_singles(store: Store) -> Non
     ]
 
 
+def test_longer_leases_fall_into_those_of_the_grid_where_some_of_it_is_done(store: Store) -> None:
+    commit(store, Lease(GROUP, 0, 0, 2))
+    table = LeaseTable(store, [GROUP], GRID)
+    table.queue(4)
+    assert spans(drain(table)) == [(0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+    commit(store, Lease(GROUP, 0, 2, 3))
+    table = LeaseTable(store, [GROUP], GRID)
+    table.queue(100)
+    assert spans(drain(table)) == [(0, 3, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+
+
 def test_resume_with_another_lease_size_trusts_ids_not_names(store: Store) -> None:
     for lease in GRID.leases(GROUP):
         commit(store, lease)

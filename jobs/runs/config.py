@@ -106,7 +106,7 @@ class RunConfig:
     """Tokens of a forward pass at most, padding included; null takes what suits the device."""
     lease_records: int | None = None
     """Records that a worker takes at a time, and loses at most. Null: 8 on CPUs, and
-    on GPUs up to 128, at least four leases for each."""
+    on the GPUs of a cluster up to 128, at least four leases for each."""
     workers: RunSettings = field(default_factory=RunSettings)
 
     def kind(self, name: str) -> str:

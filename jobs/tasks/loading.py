@@ -16,11 +16,11 @@ def load_model(config: ModelConfig) -> EditableModel:
     """
     device, given = config.device, os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto" and (gpus := torch.cuda.device_count()) < 2:
-        if given and not gpus:
+        if given and not given.startswith("-") and not gpus:
             raise ValueError(
                 f"torch {torch.__version__} must see the GPUs that this worker has "
                 f"(CUDA_VISIBLE_DEVICES={given}), and sees none: install torch for CUDA, or take "
-                "the CPUs with --set workers.num_gpus=0"
+                "the CPUs with --set workers.num_gpus=0 (CUDA_VISIBLE_DEVICES=-1 without Ray)"
             )
         device = "cuda" if gpus else "cpu"
     models.use_precision(config.dtype)  # This process computes with this model only.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -47,16 +48,26 @@ def continuations(
 ) -> list[list[int]]:
     """The `steps` tokens that follow each row; the rows with the most steps come first.
 
-    Rows that are complete leave the batch, or run on unread where that is cheaper.
+    Rows that are complete leave the batch, or run on unread where that is cheaper. Raises
+    ValueError for a text that is longer than the model's positions.
     """
     if not rows or rows[0].steps < 1:
         return [[] for _ in rows]
-    texts = _Texts(model, rows, edits, choose)
-    for n, passes in groupby(_passes(rows, texts.prompt, model.device), lambda one: one.rows):
-        with applied(model, [edits[row.edit] for row in rows[:n]]):
-            for one in passes:
-                texts.run(one)
-    said = texts.said_BS.tolist()
+    limit = model.hf.config.max_position_embeddings
+    longest = max(len(row.ids) + row.steps for row in rows if row.steps)
+    if longest > limit + 1:  # The last token that is said needs no position.
+        raise ValueError(
+            f"a text must fit into {model.name}'s {limit} positions, got {longest} tokens; "
+            "ask for shorter texts"
+        )
+    # Streams and graphs belong to the current device.
+    with torch.cuda.device_of(model.hf.get_input_embeddings().weight):
+        texts = _Texts(model, rows, edits, choose)
+        for n, passes in groupby(_passes(rows, texts.prompt, model.device), lambda one: one.rows):
+            with applied(model, [edits[row.edit] for row in rows[:n]]):
+                for one in passes:
+                    texts.run(one)
+        said = texts.said_BS.tolist()
     return [ids[: row.steps] for ids, row in zip(said, rows, strict=True)]
 
 
@@ -104,9 +115,7 @@ class _Texts:
         self.column_T = column_T
         self.position_B1 = batch.positions_BT[:, -1:].clone()
         self.said_BS = batch.ids_BT.new_zeros(len(rows), rows[0].steps)
-        spread = len(set(getattr(model.hf, "hf_device_map", {}).values())) > 1
-        captures = device.type == "cuda" and not spread
-        self.pool: Any = torch.cuda.graph_pool_handle() if captures else None
+        self.pool: Any = torch.cuda.graph_pool_handle() if _can_be_captured(model) else None
         self.graphs: list[torch.cuda.CUDAGraph] = []
         """Kept until the device is done with them."""
         logits_BV, self.room = _prefill(model, rows, edits, T)
@@ -133,7 +142,10 @@ class _Texts:
             if not self.graphs:
                 step()  # Libraries begin to work outside of a capture.
                 left -= 1
-            if graph := _captured(step, self.pool):
+            if (graph := _captured(step, self.pool)) is None:
+                _UNCAPTURED.add(self.model)
+                self.pool = None
+            else:
                 self.graphs.append(graph)
                 while left:
                     graph.replay()
@@ -169,7 +181,7 @@ def _prefill(
 
 def _captured(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | None:
     """The step as a graph, which has not run yet; None where it cannot be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     collects = gc.isenabled()
     gc.disable()  # What it would free belongs to other streams.
@@ -183,7 +195,9 @@ def _captured(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | Non
     except Exception as error:
         if memory.out_of_memory(error):
             raise
-        _warn_once(f"{type(error).__name__}: {error}")
+        _log.warning(
+            "a step of decoding cannot be captured as a CUDA graph, so texts take longer: %s", error
+        )
         return None
     finally:
         if collects:
@@ -193,7 +207,19 @@ def _captured(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | Non
 
 
 @cache
-def _warn_once(error: str) -> None:
-    _log.warning(
-        "a step of decoding cannot be captured as a CUDA graph, so it runs slower: %s", error
-    )
+def _stream(device: int) -> torch.cuda.Stream:
+    """For captures: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+# Models whose step failed to be captured once; they are not asked again.
+_UNCAPTURED: WeakSet[EditableModel] = WeakSet()
+
+
+def _can_be_captured(model: EditableModel) -> bool:
+    """All of it on one GPU, and nothing in it that reads numbers on the host."""
+    config = model.hf.config
+    spread = len(set(getattr(model.hf, "hf_device_map", {}).values())) > 1
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    reads = "dynamic" in str(rope)
+    return model.device.type == "cuda" and not (spread or reads or model in _UNCAPTURED)
