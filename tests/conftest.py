@@ -5,14 +5,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import ray
 import torch
-from transformers.models.gptj import modeling_gptj
-from transformers.models.llama import modeling_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,22 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class _WideTorch(ModuleType):
-    """`torch`, whose float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@pytest.fixture
-def no_narrowing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float64 throughout: transformers computes Llama's norms and GPT-J's attention in float32."""
-    for module in (modeling_llama, modeling_gptj):
-        monkeypatch.setattr(module, "torch", _WideTorch("torch"))
 
 
 @pytest.fixture(scope="session")

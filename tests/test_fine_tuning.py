@@ -53,7 +53,6 @@ def check(model: EditableModel, edit: Edit, expected: Outcome, tolerance: float)
 @SETTINGS
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_batch_equals_real_weights_one_request_at_a_time(
     family: str, kind: str, settings: FineTuningSettings
 ) -> None:
@@ -80,7 +79,6 @@ def test_requests_have_targets_of_one_token_and_of_several() -> None:
 
 @pytest.mark.parametrize("target_loss", ["published", "sequence"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_edits_that_are_done_leave_the_others_as_they_would_be_alone(
     family: str, target_loss: Literal["published", "sequence"]
 ) -> None:
@@ -125,7 +123,6 @@ def test_an_edit_leaves_nothing_for_the_next(settings: FineTuningSettings) -> No
 
 
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_the_sequence_loss_is_the_score_and_the_published_one_is_not(family: str) -> None:
     """Of a target of several tokens; of one token both are."""
     model = tiny.model(family)

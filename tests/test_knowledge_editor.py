@@ -23,7 +23,6 @@ MAIN = ["gpt2", "gptj", "llama"]
 BUDGET = 30  # All the requests do not fit into one batch.
 
 
-@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_deltas_are_the_bent_gradient(family: str) -> None:
     model = tiny.model(family)
@@ -39,7 +38,6 @@ def test_deltas_are_the_bent_gradient(family: str) -> None:
     assert model.fingerprint() == before
 
 
-@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_an_edit_is_what_it_is_alone_and_leaves_nothing(family: str) -> None:
     model = tiny.model(family)

@@ -58,7 +58,6 @@ def check(model: EditableModel, settings: KnowledgeNeuronsSettings, tolerance: f
 @pytest.mark.parametrize("target_tokens", ["published", "scored"])
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_batch_equals_one_neuron_at_a_time(
     family: str, kind: str, target_tokens: Literal["published", "scored"]
 ) -> None:
@@ -73,7 +72,6 @@ def test_other_families(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_attributions_sum_to_what_the_neurons_did(family: str) -> None:
     """The theorem that integrated gradients stand on: they add up to f(activation) - f(0)."""
     model = tiny.model(family)

@@ -85,7 +85,6 @@ SETTINGS = pytest.mark.parametrize("settings", [CLAMPED, MEMIT], ids=["clamped",
 @SETTINGS
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_batches_equal_one_prompt_at_a_time(
     family: str, kind: str, settings: MemitSettings
 ) -> None:
@@ -98,7 +97,6 @@ def test_other_families(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_written_facts_have_the_states_asked_for(family: str) -> None:
     """With hardly any weight on the second moment, W' k = z holds for all facts at once."""
     settings = replace(MEMIT, layers=(1,), second_moment_weight=1e-9)

@@ -20,7 +20,6 @@ MAIN = ["gpt2", "gptj", "llama"]
 BUDGET = 30  # All the requests do not fit into one batch.
 
 
-@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_deltas_are_the_explicit_transform(family: str) -> None:
     model = tiny.model(family)
@@ -39,7 +38,6 @@ def test_deltas_are_the_explicit_transform(family: str) -> None:
     assert model.fingerprint() == before
 
 
-@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 @pytest.mark.parametrize("layers", [1, 3])
 def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers: int) -> None:
@@ -57,7 +55,6 @@ def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers:
             assert close(product_DK.T if model.family.transposed else product_DK, gradient)
 
 
-@pytest.mark.usefixtures("no_narrowing")
 @pytest.mark.parametrize("family", MAIN)
 def test_an_edit_is_what_it_is_alone_and_leaves_nothing(family: str) -> None:
     model = tiny.model(family)

@@ -79,7 +79,6 @@ SETTINGS = pytest.mark.parametrize(
 @SETTINGS
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_batch_equals_one_record_at_a_time(family: str, kind: str, settings: RomeSettings) -> None:
     check_batches(tiny.model(family, "float64", kind), settings, ADAM_ROUNDING)
 
@@ -87,7 +86,6 @@ def test_batch_equals_one_record_at_a_time(family: str, kind: str, settings: Rom
 @pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("settings", [CLAMPED, STOPPING], ids=["clamped", "stopping"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_edits_that_are_done_and_stay_in_the_batch_change_no_more(
     family: str, settings: RomeSettings, share: float
 ) -> None:
@@ -110,7 +108,6 @@ def test_batch_equals_one_record_at_a_time_in_other_families(family: str) -> Non
 
 @pytest.mark.parametrize("family", MAIN)
 @pytest.mark.parametrize("keys", ["mean", "prompt"])
-@pytest.mark.usefixtures("no_narrowing")
 def test_edited_model_answers_the_key_with_the_value(
     family: str, keys: Literal["mean", "prompt"]
 ) -> None:

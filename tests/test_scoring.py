@@ -40,10 +40,8 @@ GENERATION = GenerationSettings(top_k=3, max_tokens=18, seed=5)
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", [*MAIN, "mistral", "qwen2"])  # Two with windows.
 def test_probabilities_equal_those_of_one_target_at_a_time(
-    family: str, kind: str, dtype: str, tolerance: float, request: pytest.FixtureRequest
+    family: str, kind: str, dtype: str, tolerance: float
 ) -> None:
-    if dtype == "float64":
-        request.getfixturevalue("no_narrowing")
     model = tiny.model(family, dtype, kind)
     edits = random_edits(model)
     expected = []
@@ -125,7 +123,6 @@ def starts(model: EditableModel) -> list[Start]:
 
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> None:
     model = tiny.model(family, "float64", kind)
     edits, rows = random_edits(model), starts(model)
@@ -195,7 +192,6 @@ def said_plainly(model: EditableModel, prompt: str, target: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_greedy_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> None:
     model = tiny.model(family, "float64", kind)
     edits = random_edits(model)

@@ -98,7 +98,6 @@ def check_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
 
 @pytest.mark.parametrize("scored", ["after", "end"])
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
-@pytest.mark.usefixtures("no_narrowing")
 def test_a_sequence_equals_weights_written_by_hand(
     family: str, scored: Literal["after", "end"]
 ) -> None:

@@ -49,7 +49,6 @@ def position_of(position: str) -> Any:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 @pytest.mark.parametrize("position", get_args(Position))
-@pytest.mark.usefixtures("no_narrowing")
 def test_an_edit_is_made_at_its_position(
     family: str, position: Position, monkeypatch: pytest.MonkeyPatch
 ) -> None:

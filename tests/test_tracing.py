@@ -99,7 +99,6 @@ class Hooked:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_growing_batches_equal_one_state_at_a_time(family: str, kind: str) -> None:
     check(taught(family), kind, 1e-9)
 

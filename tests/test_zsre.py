@@ -146,7 +146,6 @@ def greedy_text(model: EditableModel, prompt: str, count: int) -> str:
 
 
 @pytest.mark.parametrize("family", MAIN)
-@pytest.mark.usefixtures("no_narrowing")
 def test_accuracies_equal_the_references(family: str) -> None:
     """Targets begin as the edited model would go on: some tokens are right, some are not."""
     model = tiny.model(family)
