@@ -34,7 +34,7 @@ gpu: ## Check and measure a GPU.
 	PYTHONPATH=. $(GPU_PYTHON) tests/gpu.py $(ARGS)
 
 # The tests of numbers, with the roundings of other processors.
-NUMERIC := counts deltas fine_tuning gpu knowledge_editor knowledge_neurons library memit mend models \
+NUMERIC := attention counts decoding deltas fine_tuning gpu kernels knowledge_editor knowledge_neurons library memit mend models \
 	new_editor parity peft perf rome scoring second_moment sequences text_metrics tracing two_gpus zsre
 ROUNDINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 OMP_NUM_THREADS=2

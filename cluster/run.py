@@ -120,13 +120,13 @@ def run(
                 file=sys.stderr,
             )
         stopped = False
-        if not table.finished and settings.workers == 0:
+        unfinished = not table.finished
+        if unfinished and settings.workers == 0:
             with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
                 stopped = drive_here(
                     table, grid, store, make_task(), dead_row, expect, stop, progress
                 )
-            table = LeaseTable(store, groups, grid)
-        elif not table.finished:
+        elif unfinished:
             settings = joined(settings)
             if settings.num_gpus and gpu_rows:
                 table.queue(_rows_on_gpus(table, grid, settings, gpu_rows))
@@ -152,6 +152,7 @@ def run(
                     metrics=Metrics(name),
                 )
                 stopped = driver.drive(stop, lock)
+        if unfinished:
             table = LeaseTable(store, groups, grid)
         return Outcome(
             done=len(table.done),
@@ -190,21 +191,23 @@ def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> I
     Ends early after SIGINT or SIGTERM. Raises RayError; without workers it runs here, and raises
     what it raises.
     """
-    if settings.workers == 0:
-        with _stop_signals() as stop:
-            for value in function(*args):
-                yield value
-                if stop.is_set():
-                    return
-        return
-    settings = joined(settings)
-    # A retry would yield again from its own start, which Ray takes for what it has seen.
-    options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
+    if settings.workers != 0:
+        settings = joined(settings)
     with _stop_signals() as stop:
-        for reference in ray.remote(function).options(**options).remote(*args):
-            yield ray.get(reference)
+        for value in _values(function, args, settings):
+            yield value
             if stop.is_set():
                 return
+
+
+def _values(
+    function: Callable[..., Any], args: Sequence[Any], settings: RunSettings
+) -> Iterator[Any]:
+    if settings.workers == 0:
+        return iter(function(*args))
+    # A retry would yield again from its own start, which Ray takes for what it has seen.
+    options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
+    return map(ray.get, ray.remote(function).options(**options).remote(*args))
 
 
 @contextmanager

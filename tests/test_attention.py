@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,55 +40,52 @@ def made(
 
 SIZES = [(3, 4, 4, 6, 21, 16), (2, 4, 2, 3, 5, 32), (2, 2, 2, 1, 1, 64), (2, 2, 1, 4, 9, 80)]
 
+Way = Callable[[Tensor, Pieces, Pieces, Tensor, float], Tensor]
+
+
+def outcome(
+    sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, way: Way
+) -> tuple[Tensor, Tensor]:
+    """The attention of a way, and the gradient of queries, own keys and own values."""
+    _, H, G, _, _, d = sizes
+    all_BQNd, keys, values, mask = made(sizes, dtype)
+    leaf = all_BQNd.requires_grad_()
+    query, key, value = (x.transpose(1, 2) for x in leaf.split([H, G, G], dim=2))
+    mixed = way(query, Pieces(keys, key), Pieces(values, value), mask, d**-0.5)
+    given = torch.linspace(-1, 1, mixed.numel(), dtype=dtype).view(mixed.shape)
+    (gradient,) = torch.autograd.grad(mixed, leaf, given)
+    return mixed.detach(), gradient
+
+
+def by_matmuls(query: Tensor, keys: Pieces, values: Pieces, mask: Tensor, scaling: float) -> Tensor:
+    return attention._by_matmuls(query, keys, values, mask, scaling, False)
+
+
+def as_one(query: Tensor, keys: Pieces, values: Pieces, mask: Tensor, scaling: float) -> Tensor:
+    repeats = query.shape[1] // keys.own.shape[1]
+    key, value = (torch.cat(x, 2).repeat_interleave(repeats, 1) for x in (keys, values))
+    scores = query @ key.mT * scaling + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_pieces_are_attended_to_as_one(sizes: tuple[int, int, int, int, int, int]) -> None:
-    _, H, G, _, _, d = sizes
-    all_BQNd, keys, values, mask = made(sizes, torch.float64)
-    found = []
-    for pieces in (True, False):
-        leaf = all_BQNd.clone().requires_grad_()
-        query, key, value = (x.transpose(1, 2) for x in leaf.split([H, G, G], dim=2))
-        if pieces:
-            mixed = attention._by_matmuls(
-                query, Pieces(keys, key), Pieces(values, value), mask, d**-0.5, False
-            )
-        else:
-            key, value = (
-                torch.cat(x, 2).repeat_interleave(H // G, 1) for x in ((keys, key), (values, value))
-            )
-            scores = query @ key.mT * d**-0.5 + mask
-            mixed = (scores.softmax(-1) @ value).transpose(1, 2)
-        given = torch.linspace(-1, 1, mixed.numel(), dtype=mixed.dtype).view(mixed.shape)
-        (gradient,) = torch.autograd.grad(mixed, leaf, given)
-        found.append((mixed.detach(), gradient))
-    assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
+    found, expected = (outcome(sizes, torch.float64, way) for way in (by_matmuls, as_one))
+    assert all(close(a, b, 1e-12) for a, b in zip(found, expected, strict=True))
 
 
 KERNEL = """
 import torch
-from test_attention import SIZES, made
+from test_attention import SIZES, by_matmuls, made, outcome
 from tiny import close
-from rome.models import attention, short_attention
-from rome.models.attention import Pieces
+from rome.models import short_attention
 
 for sizes in SIZES:
-    _, H, G, _, _, d = sizes
-    all_BQNd, keys, values, mask = made(sizes, torch.float32)
-    found = []
-    for kernel in (True, False):
-        leaf = all_BQNd.clone().requires_grad_()
-        query, key, value = (x.transpose(1, 2) for x in leaf.split([H, G, G], dim=2))
-        pieces = Pieces(keys, key), Pieces(values, value)
-        assert short_attention.suits(query, keys)
-        if kernel:
-            mixed = short_attention.attend(query, *pieces, mask, d**-0.5)
-        else:
-            mixed = attention._by_matmuls(query, *pieces, mask, d**-0.5, False)
-        given = torch.linspace(-1, 1, mixed.numel()).view(mixed.shape)
-        (gradient,) = torch.autograd.grad(mixed, leaf, given)
-        found.append((mixed.detach(), gradient))
-    assert all(close(a, b) for a, b in zip(*found, strict=True)), sizes
+    all_BQNd, keys, _, _ = made(sizes, torch.float32)
+    assert short_attention.suits(all_BQNd[:, :, : sizes[1]].transpose(1, 2), keys)
+    ways = short_attention.attend, by_matmuls
+    found, expected = (outcome(sizes, torch.float32, way) for way in ways)
+    assert all(close(a, b) for a, b in zip(found, expected, strict=True)), sizes
 print("equal")
 """
 

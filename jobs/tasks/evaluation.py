@@ -20,7 +20,7 @@ from jobs.runs.config import RunConfig
 from jobs.runs.manifests import unchanged
 from jobs.runs.parts import hive_path, hive_values
 from jobs.tasks import stored_edits
-from jobs.tasks.loading import load_model
+from jobs.tasks.loading import load_model, token_budget
 from jobs.tasks.stored_edits import KeptEdits, StoredEdits
 from rome import second_moment
 from rome.analysis.summary import record_metrics
@@ -31,7 +31,7 @@ from rome.edits.deltas import Edit
 from rome.edits.files import Origin
 from rome.edits.sequences import grouped
 from rome.evaluation import evaluate
-from rome.models import EditableModel, memory, prompts
+from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts
 from rome.second_moment import Solver
@@ -83,9 +83,8 @@ class EvaluationTask:
         self.evaluation = evaluation
         self.model: EditableModel = load_model(evaluation.config.model)
         self.fingerprint = self.model.fingerprint()
-        share = evaluation.config.workers.num_gpus
-        default = memory.token_budget(self.model, min(share or 1, 1))
-        self.token_budget = evaluation.config.token_budget or default
+        config = evaluation.config
+        self.token_budget = token_budget(self.model, config.token_budget, config.workers)
         self.solver = cache(self._solver)
         # Leases follow each other in a shard.
         self._shard = lru_cache(maxsize=1)(

@@ -4,9 +4,15 @@ import os
 
 import torch
 
+from cluster.settings import RunSettings
 from jobs.runs.config import ModelConfig
 from rome import models
-from rome.models import EditableModel
+from rome.models import EditableModel, memory
+
+
+def token_budget(model: EditableModel, given: int | None, settings: RunSettings) -> int:
+    """Tokens of a forward pass: those given, or what suits this worker's share of a device."""
+    return given or memory.token_budget(model, min(settings.num_gpus or 1, 1))
 
 
 def load_model(config: ModelConfig) -> EditableModel:

@@ -14,10 +14,9 @@ from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
 from jobs.runs.config import ModelConfig
 from jobs.runs.parts import hive_values
-from jobs.tasks.loading import load_model
+from jobs.tasks.loading import load_model, token_budget
 from rome import tracing
 from rome.data.results import ERROR, OK
-from rome.models import memory
 from rome.settings import configurable
 from rome.tracing import KnownFact, TraceSettings
 
@@ -90,9 +89,8 @@ class TracingTask:
         self.tracing = tracing
         self.model = load_model(tracing.config.model)
         self.fingerprint = self.model.fingerprint()
-        share = tracing.config.workers.num_gpus
-        default = memory.token_budget(self.model, min(share or 1, 1))
-        self.token_budget = tracing.config.token_budget or default
+        config = tracing.config
+        self.token_budget = token_budget(self.model, config.token_budget, config.workers)
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}

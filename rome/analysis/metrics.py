@@ -31,7 +31,7 @@ class Metric:
     benchmark: Benchmark | None = None
     """The benchmark in whose table of the paper it stands; None has a table of its own."""
     caption: str = ""
-    """What a table must say of it."""
+    """A table's caption says this of it."""
 
 
 def success(kind: str, better: str, worse: str) -> pl.Expr:

@@ -29,7 +29,7 @@ def recorded(cache: Cache) -> list[KeysValues]:
 
 
 class _Recording(DynamicLayer):
-    """What a DynamicLayer is for one pass, but for the copy that it makes."""
+    """Like a DynamicLayer for one pass, without its copy."""
 
     found: KeysValues
 

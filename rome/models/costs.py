@@ -1,4 +1,4 @@
-"""What pays on which type of device: the one place with numbers that were found by measuring.
+"""Settings for each type of device: the one place with numbers that were found by measuring.
 
 docs/performance.md says how. None of them changes a result by more than a rounding.
 """
@@ -19,13 +19,13 @@ class Costs:
     """Tokens of a forward pass, beyond which more of them win nothing. On a CPU they leave its
     caches: scoring took 2.6 times as long with 8192 as with 1024."""
     backward: int
-    """What a token costs whose activations are kept, in tokens of which none are: on a GPU the
-    budget is one of memory, on a CPU of what its caches hold."""
+    """The cost of a token whose activations are kept, in tokens without. On a GPU the budget is one
+    of memory, on a CPU one of the processor's caches."""
     cached: int
     """Tokens in the cache of a decoding for one of a forward pass. On a CPU each step reads all
     weights from memory whatever the rows are, and 320 of them take 1.5 times less each than 80."""
     pass_tokens: int
-    """What a pass costs beside its tokens, in tokens: on two CPU cores, 66 tokens take the time of
+    """The cost of a pass beside its tokens, in tokens. On two CPU cores 66 tokens take the time of
     140. A GPU, which reads all weights in the time of a thousand tokens, would rather pad."""
     columns: int
     """In decoding, attention reads the cache up to the next multiple of so many columns. Within

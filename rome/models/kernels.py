@@ -1,4 +1,4 @@
-"""What a family writes in many small operators, in the one that torch has for it.
+"""Fused operators of torch in place of the many small ones that a family has.
 
 The answers are equal within a rounding; names of weights stay as they are.
 

@@ -123,7 +123,7 @@ def in_halves(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory does not suffice."""
+    """True if an error says that memory does not suffice."""
     # On a CPU torch raises a RuntimeError of its allocator.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory")

@@ -26,7 +26,7 @@ _MOST_NUMBERS = 1 << 14
 
 
 def suits(query_BHQd: Tensor, prefix_BGPd: Tensor) -> bool:
-    """Whether a row's head fits into a program."""
+    """True if a row's head fits into a program."""
     P, d = prefix_BGPd.shape[2:]
     return (
         query_BHQd.shape[2] <= _MOST_QUERIES
@@ -52,13 +52,13 @@ def _tile(pointer, rows, stride, n, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _shares(q, k, pk, mask, mask_q, rows, own, before, Q, P, scale, EXACT: tl.constexpr):
-    """exp(scores) of both parts over their sum: [rows, own] and [rows, before] in float32."""
+def _shares(q, k, pk, mask, mask_q, rows, before, Q, P, scale, EXACT: tl.constexpr):
+    """exp(scores) of both parts over their sum: [rows, rows] and [rows, before] in float32."""
     nothing: tl.constexpr = float("-inf")
     real = rows[:, None] < Q
     s = tl.dot(q, tl.trans(k), input_precision=EXACT) * scale
-    at = mask + rows[:, None] * mask_q + P + own[None, :]
-    visible = real & (own[None, :] < Q)
+    at = mask + rows[:, None] * mask_q + P + rows[None, :]
+    visible = real & (rows[None, :] < Q)
     s = tl.where(visible, s + tl.load(at, mask=visible, other=0.0).to(tl.float32), nothing)
     ps = tl.dot(q, tl.trans(pk), input_precision=EXACT) * scale
     at = mask + rows[:, None] * mask_q + before[None, :]
@@ -92,8 +92,7 @@ def _forward(
         h = g * REPEATS + i
         own_q = _tile(q + b * q_b + h * q_h, rows, q_q, Q, d, D)
         share, before_share = _shares(
-            own_q, own_k, prefix_k, mask + b * mask_b, mask_q, rows, rows, before, Q, P, scale,
-            EXACT,
+            own_q, own_k, prefix_k, mask + b * mask_b, mask_q, rows, before, Q, P, scale, EXACT
         )  # fmt: skip
         mixed = tl.dot(share.to(own_v.dtype), own_v, input_precision=EXACT)
         mixed += tl.dot(before_share.to(own_v.dtype), prefix_v, input_precision=EXACT)
@@ -124,8 +123,7 @@ def _backward(
         h = g * REPEATS + i
         own_q = _tile(q + b * q_b + h * q_h, rows, q_q, Q, d, D)
         share, before_share = _shares(
-            own_q, own_k, prefix_k, mask + b * mask_b, mask_q, rows, rows, before, Q, P, scale,
-            EXACT,
+            own_q, own_k, prefix_k, mask + b * mask_b, mask_q, rows, before, Q, P, scale, EXACT
         )  # fmt: skip
         g_mixed = _tile(g_out + b * o_b + h * o_h, rows, o_q, Q, d, D)
         all_v += tl.dot(tl.trans(share.to(own_v.dtype)), g_mixed, input_precision=EXACT)
@@ -146,6 +144,12 @@ def _backward(
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _strides_in(*given: Tensor) -> list[int]:
+    """Of what both ways are given; all rows share a mask of one."""
+    *tensors, mask = given
+    return [*_strides(*tensors), mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)]
 
 
 class _Attention(torch.autograd.Function):
@@ -170,29 +174,26 @@ class _Attention(torch.autograd.Function):
         B, H, Q, d = query.shape
         out_BQHd = query.new_empty(B, Q, H, d)
         out = out_BQHd.transpose(1, 2)
-        masks = [mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)]
+        given = query, key, value, prefix_key, prefix_value, mask
         with torch.cuda.device_of(query):
             _forward[(B * key.shape[1],)](
-                query, key, value, prefix_key, prefix_value, mask, out,
-                *_strides(query, key, value, prefix_key, prefix_value), *masks, *_strides(out),
+                *given, out, *_strides_in(*given), *_strides(out),
                 Q, prefix_key.shape[2], scale, key.shape[1], **_sizes(query, key, prefix_key),
             )  # fmt: skip
         return out_BQHd
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, prefix_key, prefix_value, mask = ctx.saved_tensors
+        given = ctx.saved_tensors
+        query, key, _, prefix_key, *_ = given
         (B, H, Q, d), G = query.shape, key.shape[1]
-        given = gradients[0].contiguous().transpose(1, 2)
+        of_out = gradients[0].contiguous().transpose(1, 2)
         of_query = query.new_empty(B, Q, H, d).transpose(1, 2)
         of_key, of_value = (query.new_empty(B, Q, G, d).transpose(1, 2) for _ in range(2))
-        masks = [mask.stride(0) if len(mask) > 1 else 0, mask.stride(2)]
         with torch.cuda.device_of(query):
             _backward[(B * G,)](
-                query, key, value, prefix_key, prefix_value, mask,
-                given, of_query, of_key, of_value,
-                *_strides(query, key, value, prefix_key, prefix_value), *masks, *_strides(given),
-                *_strides(of_query, of_key),
+                *given, of_out, of_query, of_key, of_value,
+                *_strides_in(*given), *_strides(of_out, of_query, of_key),
                 Q, prefix_key.shape[2], ctx.scale, G, **_sizes(query, key, prefix_key),
             )  # fmt: skip
         return of_query, of_key, of_value, None, None, None, None

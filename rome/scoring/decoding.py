@@ -63,7 +63,7 @@ def continuations(
     # Streams and graphs belong to the current device.
     with torch.cuda.device_of(model.hf.get_input_embeddings().weight):
         texts = _Texts(model, rows, edits, choose)
-        for n, passes in groupby(_passes(rows, texts.prompt, model.device), lambda one: one.rows):
+        for n, passes in groupby(texts.passes, lambda one: one.rows):
             with applied(model, [edits[row.edit] for row in rows[:n]]):
                 for one in passes:
                     texts.run(one)
@@ -103,16 +103,15 @@ class _Texts:
         lengths = [len(row.ids) for row in rows]
         # Prompts end in one column, so that each step fills one column of one cache.
         batch = prompts.pad([row.ids for row in rows], device, lengths)
-        self.prompt = max(lengths)
-        last = list(_passes(rows, self.prompt, device))
-        T = max([one.seen for one in last], default=self.prompt)
-        column_T = torch.arange(T, device=device)
-        begin_B1 = torch.tensor([[self.prompt - length] for length in lengths]).to(device)
-        self.real_BT = column_T >= begin_B1
-        self.key_positions_BT = (column_T - begin_B1).clamp(min=0)
-        self.column_1 = torch.full((1,), self.prompt, device=device)
+        prompt = max(lengths)
+        self.passes = list(_passes(rows, prompt, device))
+        T = self.passes[-1].seen if self.passes else prompt
+        self.column_T = torch.arange(T, device=device)
+        begin_B1 = torch.tensor([[prompt - length] for length in lengths]).to(device)
+        self.real_BT = self.column_T >= begin_B1
+        self.key_positions_BT = (self.column_T - begin_B1).clamp(min=0)
+        self.column_1 = torch.full((1,), prompt, device=device)
         self.step_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self.column_T = column_T
         self.position_B1 = batch.positions_BT[:, -1:].clone()
         self.said_BS = batch.ids_BT.new_zeros(len(rows), rows[0].steps)
         self.pool: Any = torch.cuda.graph_pool_handle() if _can_be_captured(model) else None
@@ -137,21 +136,19 @@ class _Texts:
             self._step(passes.rows, passes.seen)
 
         self.room.at(self.column_1, passes.rows, passes.seen)
-        left = passes.times
+        left, advance = passes.times, step
         if self.pool is not None and left >= _WORTH_A_GRAPH:
             if not self.graphs:
                 step()  # Libraries begin to work outside of a capture.
                 left -= 1
-            if (graph := _captured(step, self.pool)) is None:
+            if graph := _captured(step, self.pool):
+                self.graphs.append(graph)
+                advance = graph.replay
+            else:
                 _UNCAPTURED.add(self.model)
                 self.pool = None
-            else:
-                self.graphs.append(graph)
-                while left:
-                    graph.replay()
-                    left -= 1
         for _ in range(left):
-            step()
+            advance()
 
     def _step(self, n: int, seen: int) -> None:
         model, position_B1 = self.model, self.position_B1[:n]

@@ -23,7 +23,7 @@ class Tree:
     ids: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    """How many tokens come before each in its texts."""
+    """The number of tokens before each in its texts."""
     _path: list[int] = field(default_factory=list)
     """The places of the last text's tokens."""
 
