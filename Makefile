@@ -25,13 +25,13 @@ bench: setup ## Edit, score and tabulate a real model: RECORDS=40, or all.
 
 # The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
 perf: setup ## Measure the engine beside the oracle.
-	$(BIN)/python tests/perf.py $(ARGS)
+	$(BIN)/python -m tests.programs.perf $(ARGS)
 
 # For whoever has a GPU: right? how fast? e.g. `make gpu ARGS="--parts correctness"`. Any Python with
 # torch, transformers, pyarrow and pyyaml will do: GPU_PYTHON=python3.
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 gpu: ## Check and measure a GPU.
-	PYTHONPATH=. $(GPU_PYTHON) tests/gpu.py $(ARGS)
+	$(GPU_PYTHON) -m tests.programs.gpu $(ARGS)
 
 # The tests of numbers, with the roundings of other processors.
 NUMERIC := attention counts decoding deltas fine_tuning gpu kernels knowledge_editor knowledge_neurons library memit mend models \
@@ -44,11 +44,11 @@ roundings: setup ## Run the tests of numbers with the roundings of other process
 
 # Every fault, over three seeds: lost, duplicated, attempts; docs/operations.md.
 chaos: setup ## Run every fault over three seeds.
-	$(BIN)/python tests/chaos.py $(ARGS)
+	$(BIN)/python -m tests.programs.chaos $(ARGS)
 
 # The driver's cost of a record and the use of 32 simulated workers; docs/scaling.md.
 scale: setup ## Measure the driver and 32 simulated workers.
-	$(BIN)/python tests/scale.py $(ARGS)
+	$(BIN)/python -m tests.programs.scale $(ARGS)
 
 # The paper's tables 4 and 1, and the variants of ROME, on SmolLM2 from the files in $(DATA): make the
 # stores and train the editors that are missing, evaluate, print. Every step resumes. The dtype is the

@@ -17,8 +17,8 @@ from cluster.nodes import draining_nodes, node_was_lost, workers_that_fit
 from cluster.progress import Progress
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
-from cluster.slots import Slot, difference, in_one_line, what
-from cluster.store import patiently
+from cluster.slots import Slot, described, difference, in_one_line
+from cluster.store import retry
 from cluster.worker import Booted, Report
 
 BOOT_FAILURES = 4
@@ -46,14 +46,14 @@ class Driver:
         grid: Grid,
         settings: RunSettings,
         spawn: Callable[[], Any],
-        bury: Callable[[Lease, str], object],
+        write_dead_row: Callable[[Lease, str], object],
         expect: dict[str, Any] | None,
         progress: Progress,
         metrics: Metrics,
     ) -> None:
-        """spawn: makes a worker. bury: commits the dead letter of a lease with its error."""
+        """spawn: makes a worker. write_dead_row: commits the dead row of a lease with its error."""
         self._table, self._grid, self._settings = table, grid, settings
-        self._spawn, self._bury, self._expect = spawn, bury, expect
+        self._spawn, self._write_dead_row, self._expect = spawn, write_dead_row, expect
         self._progress, self._metrics = progress, metrics
         self._slots: list[Slot] = []
         self._looked = 0.0
@@ -201,7 +201,7 @@ class Driver:
         elif report.blame == "store":
             self._store_failed(slot, lease, report.failure)
         else:
-            self._note(f"{what(self._grid, lease)} failed: {report.failure}", lease)
+            self._note(f"{described(self._grid, lease)} failed: {report.failure}", lease)
             self._settle(self._table.fail(slot.name, lease), report.failure, lease)
 
     def _store_failed(self, slot: Slot, lease: Lease, error: str) -> None:
@@ -232,11 +232,9 @@ class Driver:
             return
         if oldest is not None and seconds >= self._limit(oldest):
             error = f"no result within {self._limit(oldest):g} s; {error}"
-        during = what(self._grid, oldest) if oldest else "nothing"
+        during = described(self._grid, oldest) if oldest else "nothing"
         self._note(f"Worker {slot.name} ended during {during}: {error}", oldest)
-        lost = patiently(
-            lambda: self._table.lose(slot.name, node_lost), self._settings.store_seconds
-        )
+        lost = retry(lambda: self._table.lose(slot.name, node_lost), self._settings.store_seconds)
         self._settle(lost, error, oldest)
 
     def _settle(self, exhausted: Lease | None, error: str, failed: Lease | None) -> None:
@@ -245,7 +243,7 @@ class Driver:
             if failed is not None:
                 self._metrics.retried(failed.rows)
             return
-        patiently(lambda: self._bury(exhausted, error), self._settings.store_seconds)
+        retry(lambda: self._write_dead_row(exhausted, error), self._settings.store_seconds)
         errors = dict.fromkeys(self._grid.ids(exhausted), error)
         self._table.complete("", exhausted, errors)
         self._metrics.finished(exhausted.rows, exhausted.rows, 0)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import Any
-
-import pyarrow as pa
 
 from cluster.driver import RunError
 from cluster.progress import Progress
-from cluster.queue import Grid, Lease, LeaseTable
-from cluster.slots import difference, what
+from cluster.queue import Grid, LeaseTable
+from cluster.slots import described, difference
 from cluster.store import DamagedError, Store, StoreError
-from cluster.worker import Task, commit, describe_error
+from cluster.worker import Work, commit, describe_error
 
 _HERE = "here"
 
@@ -25,8 +22,7 @@ def drive_here(
     table: LeaseTable,
     grid: Grid,
     store: Store,
-    task: Task,
-    dead_row: Callable[[Lease, str, int], pa.Table],
+    work: Work,
     expect: dict[str, Any] | None,
     stop: threading.Event,
     progress: Progress,
@@ -37,6 +33,7 @@ def drive_here(
     ends a record that takes too long: somebody may be looking at it in a debugger. Raises RunError
     where the task is not what is expected, and whatever its `verify` raises.
     """
+    task = work.task()
     if expect is not None and (facts := task.describe()) != expect:
         raise RunError(difference(expect, facts))
     while not table.finished and not stop.is_set():
@@ -47,10 +44,10 @@ def drive_here(
         except (StoreError, DamagedError):
             raise
         except Exception as error:
-            log.warning("%s failed", what(grid, lease), exc_info=True)
-            progress.note(f"{what(grid, lease)} failed: {describe_error(error)}")
+            log.warning("%s failed", described(grid, lease), exc_info=True)
+            progress.note(f"{described(grid, lease)} failed: {describe_error(error)}")
             if (last := table.fail(_HERE, lease)) is not None:
-                store.write_table(last.part, dead_row(last, describe_error(error), last.attempt))
+                store.write_table(last.part, work.dead_row(last, describe_error(error)))
                 table.complete(_HERE, last, dict.fromkeys(grid.ids(last), describe_error(error)))
             task.verify()
             continue

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
@@ -23,10 +22,10 @@ from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.nodes import worker_options, workers_that_fit
 from cluster.progress import Progress
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.queue import Grid, LeaseTable
 from cluster.settings import RunSettings
 from cluster.store import Store
-from cluster.worker import Task, Worker
+from cluster.worker import Work, Worker
 
 __all__ = [
     "FAILURES",
@@ -42,9 +41,6 @@ __all__ = [
 
 FAILURES = (LockedError, RunError, RayError)
 """The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
-
-DeadRow = Callable[[Lease, str, int], pa.Table]
-"""Makes the one row of a dead letter from its lease of one record, the error, and the attempts."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,7 @@ def run(
     store: Store,
     groups: Sequence[str],
     grid: Grid,
-    make_task: Callable[[], Task],
-    dead_row: DeadRow,
+    work: Work,
     settings: RunSettings | None = None,
     expect: dict[str, Any] | None = None,
     name: str | None = None,
@@ -102,9 +97,9 @@ def run(
 ) -> Outcome:
     """Do every record of the grid for every group that has no row in the store yet.
 
-    `make_task` is pickled and builds the task in each worker. `expect` is what the task's
-    `describe()` must be. `gpu_rows` are the rows of a lease where workers have GPUs, instead of the
-    grid's, or fewer where they would not go round. `name` is what logs and metrics call the run.
+    `expect` is what the task's `describe()` must be. `gpu_rows` are the rows of a lease where
+    workers have GPUs, instead of the grid's, or fewer where they would not go round. `name` is what
+    logs and metrics call the run.
     Ray is not touched where nothing is left to do. Raises LockedError while another driver works in
     `store`, ValueError where a part there is of other data, StoreError where the store cannot be
     used, and RunError where workers differ from `expect`, none can boot, or none can write.
@@ -123,9 +118,7 @@ def run(
         unfinished = not table.finished
         if unfinished and settings.workers == 0:
             with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
-                stopped = drive_here(
-                    table, grid, store, make_task(), dead_row, expect, stop, progress
-                )
+                stopped = drive_here(table, grid, store, work, expect, stop, progress)
         elif unfinished:
             settings = joined(settings)
             if settings.num_gpus and gpu_rows:
@@ -143,9 +136,9 @@ def run(
                     table,
                     grid,
                     settings,
-                    spawn=lambda: actor.remote(make_task, store, grid, settings, name),
-                    bury=lambda lease, error: store.write_table(
-                        lease.part, dead_row(lease, error, lease.attempt)
+                    spawn=lambda: actor.remote(work, store, grid, settings, name),
+                    write_dead_row=lambda lease, error: store.write_table(
+                        lease.part, work.dead_row(lease, error)
                     ),
                     expect=expect,
                     progress=progress,

@@ -49,7 +49,7 @@ class Slot:
         self.calls.clear()
 
 
-def what(grid: Grid, lease: Lease) -> str:
+def described(grid: Grid, lease: Lease) -> str:
     ids = grid.ids(lease)
     cases = f"case {ids[0]}" if len(ids) == 1 else f"cases {ids[0]} to {ids[-1]}"
     return f"{cases} of {lease.group} (attempt {lease.attempt})"

@@ -30,7 +30,7 @@ class DamagedError(ValueError):
     """A file is not what its name says."""
 
 
-def patiently(call: Callable[[], _T], seconds: float) -> _T:
+def retry(call: Callable[[], _T], seconds: float) -> _T:
     """Call again while StoreError is raised, for so many seconds, and return the answer."""
     deadline, pause = time.monotonic() + seconds, 0.2
     while True:
@@ -86,7 +86,7 @@ class Store:
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Commit a file; a file of that name is replaced."""
-        with self._says():
+        with self._as_store_error():
             self._write(self._path(name), data)
 
     def _write(self, path: str, data: bytes | pa.Buffer) -> None:
@@ -120,7 +120,7 @@ class Store:
 
     def read_bytes(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        with self._says(), self._opened[0].open_input_stream(self._path(name)) as stream:
+        with self._as_store_error(), self._opened[0].open_input_stream(self._path(name)) as stream:
             data: bytes = stream.read()
         return data
 
@@ -131,7 +131,7 @@ class Store:
         Parquet file.
         """
         path, chosen = self._path(name), columns and list(columns)
-        with self._says():
+        with self._as_store_error():
             try:
                 with self._opened[0].open_input_file(path) as file:
                     return pq.ParquetFile(file).read(columns=chosen)
@@ -150,13 +150,13 @@ class Store:
             ) from error
 
     def exists(self, name: str) -> bool:
-        with self._says():
+        with self._as_store_error():
             info = self._opened[0].get_file_info(self._path(name))
         return bool(info.type == fs.FileType.File)
 
     def committed(self, name: str) -> datetime:
         """When a file was committed, by the store's clock. Raises FileNotFoundError."""
-        with self._says():
+        with self._as_store_error():
             info = self._opened[0].get_file_info(self._path(name))
         if info.type != fs.FileType.File:
             raise FileNotFoundError(f"{self.uri}/{name}")
@@ -175,7 +175,7 @@ class Store:
         """The names that `list` gives, and when each was committed, by the store's clock."""
         filesystem, root = self._opened
         folder = self._path(posixpath.dirname(prefix))
-        with self._says():
+        with self._as_store_error():
             infos = filesystem.get_file_info(
                 fs.FileSelector(folder, recursive=True, allow_not_found=True)
             )
@@ -194,7 +194,7 @@ class Store:
 
     def delete(self, name: str) -> None:
         """Remove a file. Raises FileNotFoundError where there is none."""
-        with self._says():
+        with self._as_store_error():
             self._opened[0].delete_file(self._path(name))
 
     def set_aside(self, name: str) -> str:
@@ -205,7 +205,7 @@ class Store:
         return aside
 
     @contextmanager
-    def _says(self) -> Iterator[None]:
+    def _as_store_error(self) -> Iterator[None]:
         """Errors of any filesystem as StoreError, which says whose it is."""
         try:
             yield

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ import ray
 from cluster.lock import LOCK_NAME
 from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
-from cluster.store import DamagedError, Store, StoreError, patiently
+from cluster.store import DamagedError, Store, StoreError, retry
 
 COMMIT_SECONDS = 5.0
 """A worker tries again for so long before it gives a lease back that it cannot commit."""
@@ -52,6 +52,16 @@ class Task(Protocol):
         Called after each lease, before its part is committed; if it raises, nothing is committed
         and the worker ends.
         """
+
+
+class Work(Protocol):
+    """A run's work, small enough to be pickled and sent to each worker."""
+
+    def task(self) -> Task:
+        """Build the task, in a worker."""
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
+        """The one row of a dead letter, from its lease of one record after its last attempt."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +116,14 @@ class Worker:
 
     def __init__(
         self,
-        make_task: Callable[[], Task],
+        work: Work,
         store: Store,
         grid: Grid,
         settings: RunSettings,
         name: str,
     ) -> None:
         """name: of the run, for the logs."""
-        self._make_task, self._store, self._grid = make_task, store, grid
+        self._work, self._store, self._grid = work, store, grid
         self._settings, self._name = settings, name
         self._task: Task | None = None
         self._spoiled: str | None = None
@@ -129,7 +139,7 @@ class Worker:
                         "All nodes must share the run directory: use a shared folder or a URI "
                         "such as s3://bucket/folder."
                     )
-                self._task = self._make_task()
+                self._task = self._work.task()
                 facts, node = self._task.describe(), ray.get_runtime_context().get_node_id()
                 return Booted(facts, node, seconds=time.monotonic() - started)
         except Exception as error:
@@ -201,7 +211,7 @@ def commit(store: Store, grid: Grid, lease: Lease, table: pa.Table) -> tuple[dic
         )
 
     def write(lease: Lease, table: pa.Table) -> int:
-        return patiently(lambda: store.write_table(lease.part, table), COMMIT_SECONDS)
+        return retry(lambda: store.write_table(lease.part, table), COMMIT_SECONDS)
 
     if "error" not in table.column_names or table["error"].null_count == lease.rows:
         return {}, write(lease, table)

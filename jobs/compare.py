@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cluster.store import Store
 from jobs import cli
+from jobs.output.tables import pipes
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.parts import collect
@@ -138,9 +139,8 @@ def _terminal(frame: pl.DataFrame, cells: dict[str, Cell], caption: str) -> Tabl
 
 
 def _markdown(frame: pl.DataFrame, cells: dict[str, Cell], caption: str) -> str:
-    rows = [[cell(row).replace("|", "\\|") for cell in cells.values()] for row in frame.to_dicts()]
-    lines = [f"| {' | '.join(row)} |" for row in (list(cells), ["---"] * len(cells), *rows)]
-    return "\n".join([*lines, "", caption, ""])
+    rows = [[cell(row) for cell in cells.values()] for row in frame.to_dicts()]
+    return f"{pipes(list(cells), rows, len(cells))}\n\n{caption}\n"
 
 
 @app.command()

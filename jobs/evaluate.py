@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,12 +26,7 @@ from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.tasks import stored_edits
-from jobs.tasks.evaluation import (
-    Evaluation,
-    EvaluationTask,
-    group_of,
-    model_facts,
-)
+from jobs.tasks.evaluation import Evaluation, group_of, model_facts
 from jobs.tasks.training import trained
 from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
@@ -69,8 +63,7 @@ def evaluate(config: RunConfig, out: str) -> int:
         store.sub("results"),
         [group_of(config, benchmark, editor) for editor in config.editors],
         evaluation.grid,
-        partial(EvaluationTask, evaluation),
-        evaluation.dead_row,
+        evaluation,
         config.workers,
         gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},

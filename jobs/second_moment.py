@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -25,12 +24,12 @@ from jobs.cli import say
 from jobs.inputs import corpus as corpora
 from jobs.runs import config as configs
 from jobs.runs.config import ModelConfig, RunConfig
-from jobs.tasks.moments import GROUP, MomentTask, dead_row, merged
+from jobs.tasks.moments import GROUP, Moments, merged
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 from rome.second_moment import (
-    Origin,
+    MomentOrigin,
     SecondMoment,
     Solver,
     UnsolvableError,
@@ -95,7 +94,7 @@ def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) 
     if not imported.exists():
         moment = import_npz(path)
         _check(path, moment, None, model, layer)
-        origin = Origin(
+        origin = MomentOrigin(
             model=config.name,
             model_fingerprint="not recorded",
             layer=layer,
@@ -108,7 +107,7 @@ def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) 
 
 
 def _check(
-    path: Path, moment: SecondMoment, origin: Origin | None, model: EditableModel, layer: int
+    path: Path, moment: SecondMoment, origin: MomentOrigin | None, model: EditableModel, layer: int
 ) -> None:
     expected, size = model.sizes(model.weight_name(layer))[1], len(moment.sum_KK)
     if size != expected:
@@ -137,8 +136,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
     grid = Grid((tuple(range(corpus.chunks)),), rows=1)
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
     say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
-    make_task = partial(MomentTask, config.model, layers, corpus, grid)
-    outcome = run(parts, [GROUP], grid, make_task, dead_row, settings)
+    outcome = run(parts, [GROUP], grid, Moments(config.model, layers, corpus, grid), settings)
     if outcome.stopped:
         raise RunError(f"stopped: {outcome.done} of {outcome.total} chunks; run it again to go on")
     if outcome.dead:
@@ -151,7 +149,7 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
         for layer, file in files.items():
             moment, model_fingerprint = merged(parts, grid, layer)
             condition = _condition_number(moment, config.model, layer)
-            origin = Origin(
+            origin = MomentOrigin(
                 model=config.model.name,
                 model_fingerprint=model_fingerprint,
                 layer=layer,

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated, Any
 
 import polars as pl
@@ -28,7 +27,7 @@ from jobs.runs import manifests
 from jobs.runs.manifests import MANIFEST
 from jobs.runs.parts import PARTS, hive_path, hive_values, write_table
 from jobs.tasks.loading import load_model
-from jobs.tasks.tracing import TraceConfig, Tracing, TracingTask
+from jobs.tasks.tracing import TraceConfig, Tracing
 from rome import options, tracing
 from rome.analysis.effects import averages, effects, suggested_layer
 from rome.tracing import KnownFact
@@ -66,8 +65,7 @@ def run_traces(config: TraceConfig, out: str) -> int:
         store.sub("results"),
         [hive_path(kind=kind) for kind in config.kinds],
         grid,
-        partial(TracingTask, work),
-        work.dead_row,
+        work,
         config.workers,
         expect={"model_fingerprint": manifest["model_fingerprint"]},
     )

@@ -40,8 +40,8 @@ def evaluate(
     references: text_metrics.ReferenceTexts | None,
     token_budget: int,
     reversed_prompts: Mapping[str, str] = MappingProxyType({}),
-) -> list[dict[str, Any]]:
-    """One row per record: the columns of RESULT_SCHEMA that the science fills in.
+) -> tuple[list[dict[str, Any]], list[Edit]]:
+    """One row per record, the columns of RESULT_SCHEMA that the science fills in; and the edits.
 
     `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
     tokens of a forward pass at most. `reversed_prompts`: see `Extras`. Seconds are the record's
@@ -61,7 +61,7 @@ def evaluate(
     if settings.generation:
         texts = _texts(model, records, edits, settings.generation, token_budget)
     generated = time.perf_counter()
-    return [
+    rows = [
         {
             "case_id": record.case_id,
             "relation_id": record.relation_id,
@@ -83,6 +83,7 @@ def evaluate(
         }
         for r, record in enumerate(records)
     ]
+    return rows, edits
 
 
 def _texts(

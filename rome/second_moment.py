@@ -30,7 +30,7 @@ class UnsolvableError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class MomentOrigin:
     """The model and corpus behind a second moment."""
 
     model: str
@@ -137,7 +137,7 @@ def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
     return total
 
 
-def save(path: str | os.PathLike[str], moment: SecondMoment, origin: Origin) -> None:
+def save(path: str | os.PathLike[str], moment: SecondMoment, origin: MomentOrigin) -> None:
     """Write a second moment as safetensors, whole or not at all."""
     metadata = {
         "origin": json.dumps(asdict(origin)),
@@ -149,7 +149,7 @@ def save(path: str | os.PathLike[str], moment: SecondMoment, origin: Origin) -> 
         save_file(tensors, temporary, metadata)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:
+def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | None]:
     """A second moment that `save` wrote, checked against its fingerprint.
 
     Also reads files of the tensors `second_moment` (the mean) and `count`, which say nothing of
@@ -178,7 +178,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, Origin | None]:
             f"{moment.fingerprint()}, it says {metadata['fingerprint']}. "
             "Delete it and compute it again."
         )
-    return moment, Origin(**json.loads(metadata["origin"]))
+    return moment, MomentOrigin(**json.loads(metadata["origin"]))
 
 
 def import_npz(path: str | os.PathLike[str]) -> SecondMoment:

@@ -168,7 +168,7 @@ def _attribute_start(model: EditableModel, fact: KnownFact, tokens: int) -> int 
 
 
 @dataclass
-class Observed:
+class RunStates:
     """States of the clean run and of the corrupted ones, by layer."""
 
     ids: list[int]
@@ -182,7 +182,7 @@ class Observed:
     probability_B: Tensor
 
 
-def observe(model: EditableModel, ids: list[int], subject: range, noise_SND: Tensor) -> Observed:
+def observe(model: EditableModel, ids: list[int], subject: range, noise_SND: Tensor) -> RunStates:
     """One forward pass: the clean row, and a row for each sample of noise on the subject."""
     B, L = 1 + len(noise_SND), len(model.layers)
     entering: list[Tensor] = []
@@ -207,12 +207,12 @@ def observe(model: EditableModel, ids: list[int], subject: range, noise_SND: Ten
         hidden_BTD = model.run(ids_BT, torch.ones_like(ids_BT), cache=cache)
     p_BV = model.logits(hidden_BTD[:, -1]).softmax(1)
     answer = int(p_BV[0].argmax())
-    return Observed(ids, entering, outputs, caches.recorded(cache), answer, p_BV[:, answer])
+    return RunStates(ids, entering, outputs, caches.recorded(cache), answer, p_BV[:, answer])
 
 
 def restore(
     model: EditableModel,
-    observed: Observed,
+    observed: RunStates,
     kind: Kind,
     window: int,
     t: int,
@@ -268,7 +268,7 @@ def restore(
 
 def _run(
     model: EditableModel,
-    observed: Observed,
+    observed: RunStates,
     start: int,
     t: int,
     samples: slice,

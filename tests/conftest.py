@@ -36,10 +36,10 @@ def one_thread() -> Iterator[None]:
 def ray_address() -> Iterator[str]:
     """A Ray of four CPUs on this machine, joined by this process; its address is for others.
 
-    Its workers can import the packages and the modules beside the tests.
+    Its workers can import the packages and the tests' own modules.
     """
     folder = tempfile.mkdtemp(dir="/tmp")  # Ray puts sockets in it, whose paths must be short.
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("RAY_TMPDIR", folder)

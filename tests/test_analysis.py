@@ -9,14 +9,14 @@ from typing import Any
 
 import polars as pl
 import pytest
-import tiny
-from tiny import TEMPLATES
 
 from cluster.store import Store
 from jobs.inputs import record_stores
 from jobs.inputs.record_stores import grid_of
 from jobs.runs import config as configs
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
+from tests.support import tiny
+from tests.support.tiny import TEMPLATES
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text("utf-8")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import close
 from torch import Tensor
 
 from rome.models import attention
 from rome.models.attention import Pieces
+from tests.support.tiny import close
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +77,7 @@ def test_pieces_are_attended_to_as_one(sizes: tuple[int, int, int, int, int, int
 KERNEL = """
 import torch
 from test_attention import SIZES, by_matmuls, made, outcome
-from tiny import close
+from tests.support.tiny import close
 from rome.models import short_attention
 
 for sizes in SIZES:
@@ -96,7 +96,7 @@ def test_the_kernel_computes_what_matmuls_compute() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     done = subprocess.run(
         [sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True

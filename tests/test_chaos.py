@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chaos_faults import FAULTS, Scene, Verdict, judge
-from chaos_nodes import Nodes, environment
-from chaos_task import Spec, write_records
 
 from jobs.evaluate import evaluate
 from jobs.runs import config as configs
+from tests.programs.chaos_faults import FAULTS, Scene, Verdict, judge
+from tests.programs.chaos_nodes import Nodes, environment
+from tests.programs.chaos_task import Spec, write_records
 
 pytestmark = pytest.mark.ray
-
-CHAOS = Path(__file__).with_name("chaos.py")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def test_nothing_is_lost_or_there_twice(
 
 
 def test_a_full_disk_ends_a_run_with_its_reason_and_the_same_line_goes_on() -> None:
-    command = [sys.executable, str(CHAOS), "disk stays full", "--seeds", "1"]
+    command = [sys.executable, "-m", "tests.programs.chaos", "disk stays full", "--seeds", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     if "skipped" in done.stderr:
         pytest.skip(done.stderr)

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray
-from fake_task import GRID, GROUPS, FakeTask, drive
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
@@ -25,6 +23,7 @@ from cluster.queue import Lease
 from cluster.run import RunError, RunSettings
 from cluster.store import Store
 from cluster.worker import Worker
+from tests.support.fake_task import GRID, GROUPS, FakeTask, FakeWork, drive
 
 TWO = RunSettings(workers=2, num_cpus=0.5, record_seconds=60)
 ONE_GROUP = GROUPS[:1]
@@ -184,21 +183,21 @@ def test_a_task_that_cannot_be_built_ends_the_run_with_its_error(
 
 
 def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> None:
-    worker = Worker(
-        lambda: FakeTask(tmp_path), Store(tmp_path / "other"), GRID, RunSettings(), "a run"
-    )
+    worker = Worker(FakeWork(tmp_path), Store(tmp_path / "other"), GRID, RunSettings(), "a run")
     assert "must share the run directory" in (worker.boot().failure or "")
     assert worker.work(Lease(GROUPS[0], 0, 0, 4)).blame == "worker"
 
 
 def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None:
-    class Forgetful(FakeTask):
-        def run(self, lease: Lease) -> pa.Table:
-            return super().run(lease).slice(1)
+    class Forgetful(FakeWork):
+        def task(self) -> FakeTask:
+            task = super().task()
+            task.run = lambda lease: FakeTask.run(task, lease).slice(1)  # type: ignore[method-assign]
+            return task
 
     store = Store(tmp_path / "results")
     store.write_bytes(LOCK_NAME, b"")
-    worker = Worker(lambda: Forgetful(tmp_path), store, GRID, RunSettings(), "a run")
+    worker = Worker(Forgetful(tmp_path), store, GRID, RunSettings(), "a run")
     assert worker.boot().failure is None
     report = worker.work(Lease(GROUPS[0], 0, 0, 4))
     assert "expected [100, 101, 102, 103], got [101, 102, 103]" in (report.failure or "")
@@ -209,7 +208,7 @@ def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None
 def driver_process(folder: Path, address: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "RAY_ADDRESS": address}
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fake_task.py")), str(folder)],
+        [sys.executable, "-m", "tests.support.fake_task", str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -293,12 +292,12 @@ def test_workers_are_no_more_than_a_node_has_memory_for() -> None:
 
 
 ON_A_GPU = """
-import functools, sys
+import sys
 from pathlib import Path
 import ray
 from cluster.run import RunSettings, run
 from cluster.store import Store
-from fake_task import GRID, GROUPS, FakeTask, dead_row
+from tests.support.fake_task import GRID, GROUPS, FakeWork
 
 # A GPU that Ray hands out, and that no driver is asked for.
 ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
@@ -306,7 +305,7 @@ folder, num_gpus = Path(sys.argv[1]), eval(sys.argv[2])
 (folder / "log").mkdir(parents=True)
 store = Store(folder / "results")
 outcome = run(
-    store, GROUPS[:1], GRID, functools.partial(FakeTask, folder / "log"), dead_row,
+    store, GROUPS[:1], GRID, FakeWork(folder / "log"),
     RunSettings(num_gpus=num_gpus), {"fingerprint": "f00", "cuda": sys.argv[3]}, gpu_rows=20,
 )
 assert outcome.done == outcome.total == len(GRID), outcome

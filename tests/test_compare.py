@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from parts_of_runs import result_rows, write_part
 from scipy.stats import binomtest
 from typer.testing import CliRunner, Result
 
@@ -19,6 +18,7 @@ from jobs.compare import app
 from rome.analysis.comparison import compare, health
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+from tests.support.parts_of_runs import result_rows, write_part
 
 METRICS = table_of("counterfact")
 

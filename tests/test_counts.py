@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 
-import counts
-import perf
 import pytest
 import torch
-from counts import Counts, counted
-from two_gpus import two_gpus
 
 from rome.scoring import generation
+from tests.programs import counts, perf
+from tests.programs.counts import Counts, counted
+from tests.support.two_gpus import two_gpus
 
 SHAPE = {
     "model_type": "gpt2",

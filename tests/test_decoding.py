@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from two_gpus import costs_like
 
 from rome.models import costs
 from rome.scoring import decoding, generation
 from rome.scoring.decoding import Row
 from rome.scoring.generation import GenerationSettings
+from tests.support import tiny
+from tests.support.two_gpus import costs_like
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "mistral"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from tiny import REQUESTS, close
 from torch import Tensor
 
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
 from rome.models import EditableModel, prompts
+from tests.support import tiny
+from tests.support.tiny import REQUESTS, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

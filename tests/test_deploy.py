@@ -20,7 +20,6 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import tiny
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
@@ -32,6 +31,7 @@ from cluster.metrics import Metrics
 from jobs.inputs.record_stores import prepare
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "cluster" / "deploy"

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import tiny
 import torch
-from computations import few_steps
 from safetensors.torch import load_file, save_file
-from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 
 from cluster.store import Store
@@ -25,9 +22,12 @@ from jobs.tasks.evaluation import Evaluation, EvaluationTask
 from rome.data.results import TOLD_KINDS
 from rome.edits import files as edit_files
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, applied
-from rome.edits.files import Origin
+from rome.edits.files import EditOrigin
 from rome.models import EditableModel
 from rome.options import ConfigError
+from tests.support import tiny
+from tests.support.computations import few_steps
+from tests.support.tiny import REQUESTS, TEMPLATES
 
 
 def tensors(edit: Edit) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def test_what_edits_share_is_stored_once() -> None:
     model = tiny.model("gpt2")
     change = DenseDelta(torch.randn(16, 40, dtype=torch.float64))
     edits = [Edit(request, {model.weight_name(1): change}) for request in REQUESTS]
-    origin = Origin(editor="ft", model="gpt2", model_fingerprint="f")
+    origin = EditOrigin(editor="ft", model="gpt2", model_fingerprint="f")
     data = edit_files.dumps(edits, origin)
     assert len(data) < 2 * 16 * 40 * 8
     found, _ = edit_files.loads(data, model, "f", "it")
@@ -114,7 +114,7 @@ def test_an_edit_is_refused_on_other_shapes(
     name: str, delta: DenseDelta | LowRankDelta, message: str
 ) -> None:
     model = tiny.model("gpt2")
-    origin = Origin(editor="ft", model="gpt2", model_fingerprint="f")
+    origin = EditOrigin(editor="ft", model="gpt2", model_fingerprint="f")
     data = edit_files.dumps([Edit(REQUESTS[0], {name: delta})], origin)
     with pytest.raises(ValueError, match=message):
         edit_files.loads(data, model, "f", "it")

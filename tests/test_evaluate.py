@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-import tiny
 import yaml
 
 from rome import second_moment
+from tests.support import tiny
+from tests.support.commands import command
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,27 +45,32 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workers": {"num_cpus": 0.5, "workers": 2},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "jobs.prepare", "everyday", "--out", str(folder / "records")]
-    subprocess.run([*command, "--limit", "12", "--shard-rows", "7"], cwd=ROOT, check=True)
+    prepare("everyday", "--limit", 12, "--shard-rows", 7, "--out", folder / "records")
     return folder
 
 
+def prepare(*arguments: object) -> None:
+    status, text = command("prepare", *arguments)
+    assert status == 0, text
+
+
+def options(workspace: Path, out: Path, overrides: Iterable[str]) -> list[str]:
+    sets = [part for override in overrides for part in ("--set", override)]
+    return [str(workspace / "tiny.yaml"), "--out", str(out), *sets]
+
+
 def start(workspace: Path, out: Path, ray_address: str, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.evaluate", str(workspace / "tiny.yaml")]
-    command += ["--out", str(out)]
-    for override in overrides:
-        command += ["--set", override]
+    """A run in a process of its own, that can be killed, or that must not have joined a Ray."""
+    line = [sys.executable, "-m", "jobs.evaluate", *options(workspace, out, overrides)]
     environment = os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
+        line, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
     )
 
 
-def evaluate(workspace: Path, out: Path, ray_address: str, *overrides: str) -> tuple[int, str]:
-    process = start(workspace, out, ray_address, *overrides)
-    stdout, stderr = process.communicate(timeout=300)
-    return process.returncode, stdout + stderr
+def evaluate(workspace: Path, out: Path, *overrides: str) -> tuple[int, str]:
+    return command("evaluate", *options(workspace, out, overrides), ROME_WORKSPACE=workspace)
 
 
 def rows(out: Path) -> pl.DataFrame:
@@ -90,7 +97,7 @@ def same(a: Any, b: Any) -> bool:
 def reference(workspace: Path, ray_address: str) -> Path:
     """A whole run by two workers."""
     out = workspace / "runs" / "reference"
-    status, text = evaluate(workspace, out, ray_address)
+    status, text = evaluate(workspace, out)
     assert status == 0, text
     return out
 
@@ -120,7 +127,7 @@ def test_same_numbers_whatever_the_workers_leases_and_batches(
 ) -> None:
     out = workspace / "runs" / "other"
     overrides = ["workers.workers=1", "lease_records=5", "token_budget=400"]
-    status, text = evaluate(workspace, out, ray_address, *overrides)
+    status, text = evaluate(workspace, out, *overrides)
     assert status == 0, text
     for one, other in zip(numbers(rows(reference)), numbers(rows(out)), strict=True):
         assert same(one, other), (one, other)
@@ -130,8 +137,9 @@ def test_no_workers_do_the_same_in_this_process_without_ray(
     reference: Path, workspace: Path
 ) -> None:
     out = workspace / "runs" / "here"
-    status, text = evaluate(workspace, out, "nowhere:1", "workers.workers=0")
-    assert status == 0, text
+    process = start(workspace, out, "nowhere:1", "workers.workers=0")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     for one, other in zip(numbers(rows(reference)), numbers(rows(out)), strict=True):
         assert same(one, other), (one, other)
 
@@ -141,7 +149,7 @@ def test_the_same_line_again_does_nothing_in_seconds(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference.glob("results/**/*.parquet")}
     began = time.monotonic()
-    status, text = evaluate(workspace, reference, ray_address)
+    status, text = evaluate(workspace, reference)
     assert (status, time.monotonic() - began < 20) == (0, True), text
     assert "unedited" in text
     assert before == {p: p.stat().st_mtime_ns for p in reference.glob("results/**/*.parquet")}
@@ -150,7 +158,7 @@ def test_the_same_line_again_does_nothing_in_seconds(
 def test_another_config_on_a_run_is_refused_with_the_difference(
     reference: Path, workspace: Path, ray_address: str
 ) -> None:
-    status, text = evaluate(workspace, reference, ray_address, "editors.rome.value.steps=4")
+    status, text = evaluate(workspace, reference, "editors.rome.value.steps=4")
     assert status == 1
     assert "config.editors.rome.value: None there, {'steps': 4} now" in text
     assert "--out" in text
@@ -170,7 +178,7 @@ def test_killed_worker_and_killed_driver_lose_and_duplicate_nothing(
     done = set(out.glob("results/**/*.parquet"))
     assert len(done) < 24
     stamps = {path: path.stat().st_mtime_ns for path in done}
-    status, text = evaluate(workspace, out, ray_address, "lease_records=1")
+    status, text = evaluate(workspace, out, "lease_records=1")
     assert status == 0, text
     assert stamps == {path: path.stat().st_mtime_ns for path in done}
     frame = rows(out)
@@ -200,9 +208,8 @@ def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
     long = fact | {"case_id": 1, "paraphrase_prompts": ["In 1890 it was. " * 60 + "Paris is in"]}
     (tmp_path / "facts.json").write_text(json.dumps([fact, long, fact | {"case_id": 2}]))
     store = tmp_path / "records"
-    command = [sys.executable, "-m", "jobs.prepare", str(tmp_path / "facts.json"), "--out"]
-    subprocess.run([*command, str(store)], cwd=ROOT, check=True)
-    status, text = evaluate(workspace, tmp_path / "run", ray_address, f"benchmark={store}")
+    prepare(tmp_path / "facts.json", "--out", store)
+    status, text = evaluate(workspace, tmp_path / "run", f"benchmark={store}")
     assert status == 3, text
     frame = rows(tmp_path / "run")
     assert frame.filter(case_id=1)["status"].to_list() == ["error", "error"]
@@ -212,7 +219,7 @@ def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
 
 
 def test_a_mistyped_key_names_the_right_one(workspace: Path, ray_address: str) -> None:
-    status, text = evaluate(workspace, workspace / "runs/x", ray_address, "editors.rome.kyes=mean")
+    status, text = evaluate(workspace, workspace / "runs/x", "editors.rome.kyes=mean")
     assert status == 1
     assert "'kyes'; did you mean 'keys'?" in text
     assert not (workspace / "runs/x").exists()
@@ -234,13 +241,13 @@ def test_another_second_moment_than_the_run_began_with_is_refused(
         (copied / name).symlink_to(workspace / name)
     out = tmp_path / "run"
     limited = ["records.limit=2", "editors={rome: {}}"]
-    assert evaluate(copied, out, ray_address, *limited)[0] == 0
+    assert evaluate(copied, out, *limited)[0] == 0
     next(out.glob("results/**/*.parquet")).unlink()
     (file,) = copied.glob("second_moments/tiny-gpt2/*.safetensors")
     moment, origin = second_moment.load(file)
     assert origin is not None
     moment.sum_KK[0, 0] *= 2
     second_moment.save(file, moment, origin)
-    status, text = evaluate(copied, out, ray_address, *limited)
+    status, text = evaluate(copied, out, *limited)
     assert status == 1
     assert "must be the second moment that the run began with" in text

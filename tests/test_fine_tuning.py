@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import oracle
 import pytest
-import tiny
 import torch
-from computations import ATTENTION, CONSTRAINED, FREE, MAIN
-from oracle_fine_tuning import Outcome, fine_tune
-from tiny import REQUESTS
 
 from rome.data.records import Request
 from rome.editors import EDITORS, Resources
@@ -24,6 +19,10 @@ from rome.edits.deltas import DenseDelta, Edit, applied
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
 from rome.second_moment import Solver
+from tests.support import oracle, tiny
+from tests.support.computations import ATTENTION, CONSTRAINED, FREE, MAIN
+from tests.support.oracle_fine_tuning import Outcome, fine_tune
+from tests.support.tiny import REQUESTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

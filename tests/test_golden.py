@@ -9,12 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import relative
 from torch import Tensor
 
 from rome.data.records import Request
@@ -24,6 +21,8 @@ from rome.editors.values import Value, ValueSettings
 from rome.scoring import probabilities
 from rome.scoring.generation import UNEDITED
 from rome.scoring.probabilities import Query
+from tests.support import oracle, tiny
+from tests.support.tiny import relative
 
 GOLDEN = Path(__file__).parent / "golden"
 VALUE = ("steps", "learning_rate", "weight_decay", "kl_factor", "clamp")

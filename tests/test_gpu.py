@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu
-import gpu_correctness
 import pytest
-from computations import COMPUTATIONS, FAMILIES
-from gpu_report import Task
+
+from tests.programs import gpu, gpu_correctness
+from tests.programs.gpu_report import Task
+from tests.support.computations import COMPUTATIONS, FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ for name in (
     "matplotlib", "pytest", "peft", "accelerate",
 ):
     sys.modules[name] = None
-import gpu
+from tests.programs import gpu
 sys.exit(gpu.main(sys.argv[1:]))
 """
 
@@ -39,7 +39,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")

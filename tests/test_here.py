@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from fake_task import GRID, GROUPS, FakeTask, dead_row
 
 from cluster.run import RunError, RunSettings, once, run, stream
 from cluster.store import Store
 from jobs.runs.config import ModelConfig
 from jobs.tasks.loading import load_model
+from tests.support import tiny
+from tests.support.fake_task import GRID, GROUPS, FakeTask, FakeWork
 
 HERE = RunSettings(workers=0)
 
@@ -23,7 +23,7 @@ def test_every_record_has_its_row_and_bad_ones_an_error(tmp_path: Path) -> None:
     bad = {104: "raise", 111: "row"}
 
     def drive() -> tuple[int, int, list[int]]:
-        outcome = run(store, GROUPS, GRID, lambda: FakeTask(log, bad), dead_row, HERE)
+        outcome = run(store, GROUPS, GRID, FakeWork(log, bad), HERE)
         assert not outcome.stopped
         assert not outcome.duplicates
         return outcome.done, outcome.total, sorted(case_id for _, case_id, _ in outcome.dead)
@@ -40,8 +40,8 @@ def test_a_changed_state_ends_the_run_and_what_was_done_is_kept(tmp_path: Path) 
     log, store = tmp_path / "log", Store(tmp_path / "results")
     log.mkdir()
     with pytest.raises(ValueError, match="the weights are not what they were"):
-        run(store, GROUPS, GRID, lambda: FakeTask(log, {110: "dirty once"}), dead_row, HERE)
-    outcome = run(store, GROUPS, GRID, lambda: FakeTask(log), dead_row, HERE)
+        run(store, GROUPS, GRID, FakeWork(log, {110: "dirty once"}), HERE)
+    outcome = run(store, GROUPS, GRID, FakeWork(log), HERE)
     assert (outcome.done, outcome.dead) == (74, [])
     assert len((log / f"{GROUPS[0]}-100").read_text().splitlines()) == 1
 
@@ -54,8 +54,7 @@ def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
             Store(tmp_path / "results"),
             GROUPS,
             GRID,
-            lambda: task,
-            dead_row,
+            FakeWork(tmp_path / "log"),
             HERE,
             expect={**task.describe(), "fingerprint": "abc"},
         )

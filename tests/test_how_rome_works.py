@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import oracle
-
 from rome.editors.rome import RomeSettings
+from tests.support import oracle
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "how-rome-works.md"
 

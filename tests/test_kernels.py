@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from tiny import close
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from rome.models import kernels
+from tests.support import tiny
+from tests.support.tiny import close
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "mistral", "qwen2", "phi3"])

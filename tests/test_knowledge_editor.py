@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import oracle_hypernetworks as oracle
 import pytest
-import tiny
 import torch
-from computations import EXAMPLES, KE, ke_network
-from tiny import REQUESTS, close
 
 from rome.editors import EDITORS, Resources, gradients, hypernetwork
-from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, Origin
+from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, NetworkOrigin
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork
 from rome.editors.training import Trainer, TrainingSettings
 from rome.edits.deltas import dense
+from tests.support import oracle_hypernetworks as oracle
+from tests.support import tiny
+from tests.support.computations import EXAMPLES, KE, ke_network
+from tests.support.tiny import REQUESTS, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,7 +96,7 @@ def file(tmp_path: Path) -> Path:
     """A network as a training leaves it."""
     model = tiny.model("gpt2")
     rounded = model.fingerprint(torch.bfloat16)
-    origin = Origin("test", "ke", 2, {"hidden": 12, "condition": 10}, "", rounded, 7)
+    origin = NetworkOrigin("test", "ke", 2, {"hidden": 12, "condition": 10}, "", rounded, 7)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(hypernetwork.serialised(ke_network(model), origin))
     return path

@@ -6,12 +6,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
-import oracle_kn
 import pytest
-import tiny
 import torch
-from oracle import edited
-from tiny import REQUESTS
 from torch import Tensor
 
 from rome.data.records import Request
@@ -19,6 +15,9 @@ from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSet
 from rome.edits.deltas import Edit, LowRankDelta, applied
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
+from tests.support import oracle_kn, tiny
+from tests.support.oracle import edited
+from tests.support.tiny import REQUESTS
 
 BUDGET = 300  # All the requests do not fit into one batch.
 SETTINGS = KnowledgeNeuronsSettings(steps=5)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from typer.testing import CliRunner, Result
@@ -21,7 +20,8 @@ from rome.__main__ import app
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import dense
 from rome.models import EditableModel
-from rome.second_moment import Origin, SecondMoment
+from rome.second_moment import MomentOrigin, SecondMoment
+from tests.support import tiny
 
 FACT = Request("{} was born in", "Žižek", "Paris")
 
@@ -89,7 +89,7 @@ def test_a_second_moment_matters_and_may_be_one_file_a_layer(tmp_path: Path) -> 
     model = tiny.model("gpt2")
     factor = torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for layer in (0, 1):
-        origin = Origin(
+        origin = MomentOrigin(
             model="m",
             model_fingerprint="",
             layer=layer,

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
-import oracle_memit
 import pytest
-import tiny
 import torch
-from computations import BUDGET, ENDING, MEMIT, memit, moments
-from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
 from torch import Tensor
 
 from rome.editors import JointEditor
@@ -20,6 +15,9 @@ from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel
 from rome.models.families import FAMILIES, UnsupportedModelError
 from rome.second_moment import Solver
+from tests.support import oracle, oracle_memit, tiny
+from tests.support.computations import BUDGET, ENDING, MEMIT, memit, moments
+from tests.support.tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
 
 MAIN = ("gpt2", "gptj", "llama")
 CLAMPED = MemitSettings(

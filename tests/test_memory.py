@@ -8,14 +8,14 @@ import sys
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from computations import COMPUTATIONS, distance
-from two_gpus import costs_like
 
 from rome.editors import contexts
 from rome.editors.values import _Problem
 from rome.models import costs, memory
+from tests.support import tiny
+from tests.support.computations import COMPUTATIONS, distance
+from tests.support.two_gpus import costs_like
 
 LIMITED = """
 import resource, torch

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import oracle_hypernetworks as oracle
 import pytest
-import tiny
 import torch
-from computations import mend_network
-from tiny import REQUESTS, close
 
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
 from rome.edits.deltas import dense
+from tests.support import oracle_hypernetworks as oracle
+from tests.support import tiny
+from tests.support.computations import mend_network
+from tests.support.tiny import REQUESTS, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from tiny import close
 from transformers import AutoConfig
 
 from rome import models
 from rome.models import EditableModel, families
 from rome.models.families import FAMILIES, UnsupportedModelError
+from tests.support import tiny
+from tests.support.tiny import close
 
 
 @pytest.mark.parametrize(

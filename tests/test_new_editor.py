@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
-from tiny import REQUESTS, TEMPLATES
 
 from jobs.runs import config as configs
 from rome.data.records import Record, Request
@@ -18,6 +16,8 @@ from rome.edits.deltas import applied, dense
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import GenerationSettings
+from tests.support import tiny
+from tests.support.tiny import REQUESTS, TEMPLATES
 
 DOC = (Path(__file__).parents[1] / "docs" / "new-editor.md").read_text("utf-8")
 MODULE, REGISTRATION = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
@@ -85,7 +85,7 @@ def test_the_documented_editor_runs_as_any_other(family: str, tmp_path: Path) ->
         assert torch.equal(dense(delta), dense(again.deltas[name]))
         assert not torch.equal(dense(delta), dense(b.deltas[name]))
 
-    row, *others = evaluate(model, editor, [record(i) for i in range(5)], SCORING, None, 400)
+    (row, *others), _ = evaluate(model, editor, [record(i) for i in range(5)], SCORING, None, 400)
     assert row["edit_norm"] == a.health["norm"] > 0
     assert len(others) == 4
     hard = EDITORS[kind].build(resources, config.editor("steer-hard")[1])

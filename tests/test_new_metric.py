@@ -8,13 +8,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from parts_of_runs import result_rows, write_part
 from typer.testing import CliRunner
 
 from jobs import compare, reduce
 from rome.analysis import metrics
 from rome.analysis.metrics import METRICS, Metric
 from rome.data.results import ERROR
+from tests.support.parts_of_runs import result_rows, write_part
 
 DOC = (Path(__file__).parents[1] / "docs" / "new-metric.md").read_text("utf-8")
 (ENTRY,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)

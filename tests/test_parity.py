@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import oracle
 import polars as pl
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import relative
 
 from rome import second_moment
 from rome.analysis.summary import summarize
@@ -29,6 +26,8 @@ from rome.editors.values import Value, ValueSettings
 from rome.edits.deltas import Edit
 from rome.scoring.probabilities import score_records
 from rome.second_moment import Solver
+from tests.support import oracle, tiny
+from tests.support.tiny import relative
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
 LAYER = 6

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from computations import few_steps
 from peft import PeftModel
-from tiny import REQUESTS
 from torch import Tensor
 
 from rome.edits import peft_export
 from rome.edits.deltas import Edit, LowRankDelta, applied
 from rome.models import EditableModel
+from tests.support import tiny
+from tests.support.computations import few_steps
+from tests.support.tiny import REQUESTS
 
 TEXTS = ["The mother tongue of Danielle Darrieux is", "Where is Rome? It is in"]
 

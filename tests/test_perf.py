@@ -10,16 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bench
-import flops
-import perf
 import pytest
-import reference
-import rounds
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rome.edits.deltas import LowRankDelta
+from tests.programs import bench, flops, perf, rounds
+from tests.support import reference
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +39,7 @@ _BARE = """
 import sys
 for name in ("ray", "polars", "pydantic", "nltk", "typer", "rich", "datasets", "gguf"):
     sys.modules[name] = None
-import perf
+from tests.programs import perf
 sys.exit(perf.main(sys.argv[1:]))
 """
 
@@ -55,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import oracle
 import pytest
-import tiny
 import torch
 
 from rome.models import prompts
+from tests.support import oracle, tiny
 
 COUNTERFACT = Path(__file__).parents[2] / "shared" / "data" / "counterfact_1618.json"
 

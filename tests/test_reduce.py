@@ -8,12 +8,12 @@ from typing import Any
 
 import polars as pl
 import pytest
-from parts_of_runs import result_rows, write_part
 from typer.testing import CliRunner, Result
 
 from jobs.reduce import app, reduce
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+from tests.support.parts_of_runs import result_rows, write_part
 
 METRICS = table_of("counterfact")
 

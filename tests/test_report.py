@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from browser import LAPTOP, PHONE, browser, opened, overflows
-from parts_of_runs import write_part
 from playwright.sync_api import Browser, Page
-from runs_to_report import EDITORS, HOSTILE, make_rows, make_run
 from typer.testing import CliRunner, Result
 
 from jobs.report import app
 from rome.analysis import failures
 from rome.data.results import ERROR, OK
+from tests.support.browser import LAPTOP, PHONE, browser, opened, overflows
+from tests.support.parts_of_runs import write_part
+from tests.support.runs_to_report import EDITORS, HOSTILE, make_rows, make_run
 
 __all__ = ["browser"]
 

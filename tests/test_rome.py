@@ -7,11 +7,17 @@ from dataclasses import replace
 from typing import Literal
 from unittest import mock
 
-import oracle
 import pytest
-import tiny
 import torch
-from computations import (
+
+from rome.data.records import Request
+from rome.editors.rome import Rome, RomeSettings
+from rome.edits.deltas import applied, dense
+from rome.models import EditableModel, costs
+from rome.models.families import FAMILIES
+from rome.second_moment import Solver
+from tests.support import oracle, tiny
+from tests.support.computations import (
     BUDGET,
     CLAMPED,
     ENDING,
@@ -21,15 +27,8 @@ from computations import (
     correlated_moment,
     random_edits,
 )
-from oracle import parts
-from tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES, close
-
-from rome.data.records import Request
-from rome.editors.rome import Rome, RomeSettings
-from rome.edits.deltas import applied, dense
-from rome.models import EditableModel, costs
-from rome.models.families import FAMILIES
-from rome.second_moment import Solver
+from tests.support.oracle import parts
+from tests.support.tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

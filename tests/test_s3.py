@@ -12,16 +12,15 @@ from pathlib import Path
 import polars as pl
 import pyarrow as pa
 import pytest
-import s3_server
-import tiny
 import yaml
-from chaos_faults import FAULTS, Scene, judge
-from chaos_nodes import Nodes, environment
-from chaos_task import Spec, write_records
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.queue import read_parts
-from cluster.store import Store, StoreError, patiently
+from cluster.store import Store, StoreError, retry
+from tests.programs.chaos_faults import FAULTS, Scene, judge
+from tests.programs.chaos_nodes import Nodes, environment
+from tests.programs.chaos_task import Spec, write_records
+from tests.support import s3_server, tiny
 
 pytestmark = pytest.mark.ray
 
@@ -31,8 +30,6 @@ TABLE = pa.table({"case_id": [1, 2, 3]})
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    if why := s3_server.install():
-        pytest.skip(why)
     with s3_server.server() as variables, environment(variables) as everything:
         yield everything
 
@@ -83,9 +80,9 @@ def test_a_store_that_comes_back_is_waited_for(store: Store) -> None:
             Store("s3://nowhere/x").write_bytes("name", b"1")
         return "written"
 
-    assert patiently(write, 5) == "written"
+    assert retry(write, 5) == "written"
     with pytest.raises(StoreError):
-        patiently(lambda: Store("s3://nowhere/x").write_bytes("name", b"1"), 0.1)
+        retry(lambda: Store("s3://nowhere/x").write_bytes("name", b"1"), 0.1)
 
 
 def test_one_driver_at_a_time(store: Store) -> None:

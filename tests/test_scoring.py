@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import random
 
-import oracle
 import pytest
-import tiny
 import torch
-from computations import MAIN, random_edits
-from oracle import changed
-from tiny import close
 
 from rome.data.records import Record
 from rome.models import EditableModel
@@ -18,6 +13,10 @@ from rome.scoring import generation, greedy
 from rome.scoring.generation import GenerationSettings, Start
 from rome.scoring.greedy import Question
 from rome.scoring.probabilities import Extras, Query, score, score_records
+from tests.support import oracle, tiny
+from tests.support.computations import MAIN, random_edits
+from tests.support.oracle import changed
+from tests.support.tiny import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rome.second_moment import (
-    Origin,
+    MomentOrigin,
     SecondMoment,
     Solver,
     UnsolvableError,
@@ -22,7 +22,7 @@ from rome.second_moment import (
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
 
-ORIGIN = Origin(
+ORIGIN = MomentOrigin(
     model="tiny",
     model_fingerprint="abc",
     layer=3,

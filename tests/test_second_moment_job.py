@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 import yaml
 from torch import Tensor
@@ -24,6 +23,7 @@ from jobs.tasks import moments
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
 from rome.second_moment import UnsolvableError, accumulate, load
+from tests.support import tiny
 
 K = 40
 LAYERS = (1, 2)

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import tiny
 import torch
 import yaml
-from computations import RECORDS, scores
-from oracle import edited
-from tiny import REQUESTS, TEMPLATES
 
 from cluster.store import Store
 from jobs.inputs.record_stores import grid_of
@@ -28,6 +24,10 @@ from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, dense
 from rome.edits.sequences import Grouping, grouped
 from rome.models import EditableModel
 from rome.options import ConfigError
+from tests.support import tiny
+from tests.support.computations import RECORDS, scores
+from tests.support.oracle import edited
+from tests.support.tiny import REQUESTS, TEMPLATES
 
 LAYER = 1
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)

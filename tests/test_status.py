@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +10,8 @@ import pytest
 from cluster.lock import LOCK_NAME, RunLock
 from cluster.store import Store
 from jobs.status import Status, status
+from tests.support.commands import command
 
-ROOT = Path(__file__).parents[1]
 GROUPS = {name: f"benchmark=b/model=m/editor={name}" for name in ("none", "rome%20a")}
 
 
@@ -80,16 +78,9 @@ def test_the_driver_is_named_while_it_writes_its_lock(store: Store) -> None:
     assert "cannot be read" in (status(store).driver or "")
 
 
-def run_command(path: Path) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.status", str(path)], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_the_command_says_it_in_words(store: Store) -> None:
     with RunLock(store.sub("results")):
-        code, text = run_command(Path(store.uri))
+        code, text = command("status", store.uri)
     assert code == 0
     assert "a run: 9 of 40 rows (22.5 %), 31 left" in text
     assert "time left: 0:02:35" in text
@@ -102,6 +93,6 @@ def test_the_command_says_it_in_words(store: Store) -> None:
 def test_what_is_no_run_is_said(tmp_path: Path, manifest: bytes | None, says: str) -> None:
     if manifest is not None:
         (tmp_path / "manifest.json").write_bytes(manifest)
-    code, text = run_command(tmp_path)
+    code, text = command("status", tmp_path)
     assert code == 1
     assert says in text

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import LAPTOP, PHONE, browser, opened, overflows
 from playwright.sync_api import Browser, Page
-from runs_to_report import HOSTILE, make_run
 from typer.testing import CliRunner, Result
 
 from jobs.study import QUESTIONS, app, make, tally
+from tests.support.browser import LAPTOP, PHONE, browser, opened, overflows
+from tests.support.runs_to_report import HOSTILE, make_run
 
 __all__ = ["browser"]
 

@@ -1,27 +1,22 @@
 """Edits at every token position, and jobs.sweep as a user runs it."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import oracle
 import polars as pl
 import pytest
-import tiny
 import torch
 import yaml
-from computations import BUDGET, CLAMPED, correlated_moment
-from oracle import parts
-from tiny import REQUESTS, TEMPLATES, close
 
 from rome.editors.contexts import Position
 from rome.editors.rome import Rome
 from rome.second_moment import Solver
-
-ROOT = Path(__file__).parents[1]
+from tests.support import oracle, tiny
+from tests.support.commands import command
+from tests.support.computations import BUDGET, CLAMPED, correlated_moment
+from tests.support.oracle import parts
+from tests.support.tiny import REQUESTS, TEMPLATES, close
 
 
 def position_of(position: str) -> Any:
@@ -87,26 +82,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workers": {"num_cpus": 0.5, "workers": 2},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "jobs.prepare", "everyday", "--out", str(folder / "records")]
-    subprocess.run([*command, "--limit", "6"], cwd=ROOT, check=True)
+    assert command("prepare", "everyday", "--limit", 6, "--out", folder / "records")[0] == 0
     return folder
 
 
-def sweep(workspace: Path, ray_address: str, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "jobs.sweep", str(workspace / "tiny.yaml")]
-    done = subprocess.run(
-        [*command, "--out", str(workspace / "out"), *options],
-        cwd=ROOT,
-        env=os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout + done.stderr
+def sweep(workspace: Path, *options: str) -> tuple[int, str]:
+    arguments = [workspace / "tiny.yaml", "--out", workspace / "out", *options]
+    return command("sweep", *arguments, ROME_WORKSPACE=workspace)
 
 
 def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: str) -> None:
-    status, text = sweep(workspace, ray_address)
+    status, text = sweep(workspace)
     assert status == 0, text
     frame = pl.read_parquet(workspace / "out" / "sweep.parquet")
     places = frame.drop_nulls("layer").select("layer", "position").rows()
@@ -124,7 +110,7 @@ def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: s
     # One pass over the corpus gave the second moments of all layers.
     assert len(list(workspace.glob("second_moments/**/layer-*.safetensors"))) == 3
     before = {p: p.stat().st_mtime_ns for p in workspace.glob("out/results/**/*.parquet")}
-    status, text = sweep(workspace, ray_address)
+    status, text = sweep(workspace)
     assert status == 0, text
     assert before == {p: p.stat().st_mtime_ns for p in workspace.glob("out/results/**/*.parquet")}
 
@@ -139,6 +125,6 @@ def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: s
 def test_places_that_are_none_are_refused(
     workspace: Path, ray_address: str, options: list[str], message: str
 ) -> None:
-    status, text = sweep(workspace, ray_address, *options)
+    status, text = sweep(workspace, *options)
     assert status == 1
     assert message in text

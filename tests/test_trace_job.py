@@ -1,22 +1,18 @@
 """jobs.trace as a user runs it: a tiny model that knows two facts of three, on real Ray."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 import yaml
-from computations import FACTS, TRACING, taught
 
 from rome import tracing
 from rome.analysis.effects import ROLES
-
-ROOT = Path(__file__).parents[1]
+from tests.support.commands import command
+from tests.support.computations import FACTS, TRACING, taught
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trace(folder: Path, out: Path, ray_address: str, *options: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "jobs.trace", str(folder / "tiny.yaml"), "--out", str(out)]
-    done = subprocess.run(
-        [*command, *options],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray_address},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout + done.stderr
+def trace(folder: Path, out: Path, *options: str) -> tuple[int, str]:
+    return command("trace", folder / "tiny.yaml", "--out", out, *options)
 
 
 @pytest.fixture(scope="module")
 def traced(folder: Path, ray_address: str) -> tuple[Path, str]:
     out = folder / "run"
-    status, text = trace(folder, out, ray_address, "--fact", "4")
+    status, text = trace(folder, out, "--fact", "4")
     assert status == 0, text
     return out, text
 
@@ -117,14 +104,14 @@ def test_a_run_resumes_and_refuses_another_config(
     assert len(parts) == 2 * len(tracing.KINDS)
     before = {part: part.stat().st_mtime_ns for part in parts}
     parts[3].unlink()
-    status, text = trace(folder, out, ray_address)
+    status, text = trace(folder, out)
     assert status == 0, text
     after = {part: part.stat().st_mtime_ns for part in parts}
     assert [part for part in parts if before[part] != after[part]] == [parts[3]]
     columns = ["known_id", "kind", "token", "layer", "indirect_effect"]
     frames = [pl.read_parquet(d / "effects.parquet", columns=columns) for d in (traced[0], out)]
     assert frames[0].equals(frames[1])
-    status, text = trace(folder, out, ray_address, "--set", "trace.window=4")
+    status, text = trace(folder, out, "--set", "trace.window=4")
     assert status == 1
     assert "config.trace.window: 2 there, 4 now" in text
 
@@ -134,7 +121,7 @@ def test_facts_without_their_keys_are_refused(
 ) -> None:
     wrong = tmp_path / "wrong.json"
     wrong.write_text('[{"known_id": 1, "subject": "Rome", "prompt": "Rome is"}]')
-    status, text = trace(folder, tmp_path / "run", ray_address, "--set", f"facts={wrong}")
+    status, text = trace(folder, tmp_path / "run", "--set", f"facts={wrong}")
     assert status == 1
     assert "must be a JSON list of facts" in text
     assert "attribute" in text

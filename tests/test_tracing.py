@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from computations import FACTS, TRACING, taught
 from torch import Tensor, nn
 
 from rome import tracing
@@ -15,6 +13,8 @@ from rome.analysis import effects
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
 from rome.tracing import KINDS, KnownFact
+from tests.support import tiny
+from tests.support.computations import FACTS, TRACING, taught
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

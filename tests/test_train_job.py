@@ -11,12 +11,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-import tiny
 import yaml
 
 from jobs.tasks.training import trained
 from jobs.train import load
 from rome.options import ConfigError
+from tests.support import tiny
+from tests.support.commands import command
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 5
@@ -46,24 +47,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ke = {"name": "tiny-ke", "editor": "ke", "network": {"hidden": 8, "condition": 8}}
     text = {"data": {"corpus": str(folder / "passages.txt"), "passages": 120, "beginning": 8}}
     (folder / "ke.yaml").write_text(yaml.safe_dump(common | ke | text))
-    command = [sys.executable, "-m", "jobs.prepare", "everyday", "--out", str(folder / "records")]
-    subprocess.run([*command, "--limit", "40", "--shard-rows", "16"], cwd=ROOT, check=True)
+    facts = ["everyday", "--limit", 40, "--shard-rows", 16, "--out", folder / "records"]
+    assert command("prepare", *facts)[0] == 0
     return folder
 
 
 def start(workspace: Path, ray_address: str, name: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.train", str(workspace / f"{name}.yaml"), *arguments]
+    """A training in a process of its own, that can be killed."""
+    line = [sys.executable, "-m", "jobs.train", str(workspace / f"{name}.yaml"), *arguments]
     environment = os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
+        line, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, bufsize=1
     )
 
 
-def train(workspace: Path, ray_address: str, name: str, *arguments: str) -> tuple[int, str]:
-    process = start(workspace, ray_address, name, *arguments)
-    stdout, stderr = process.communicate(timeout=200)
-    return process.returncode, stdout + stderr
+def train(workspace: Path, name: str, *arguments: object) -> tuple[int, str]:
+    return command("train", workspace / f"{name}.yaml", *arguments, ROME_WORKSPACE=workspace)
 
 
 def curve(folder: Path) -> pl.DataFrame:
@@ -73,7 +73,7 @@ def curve(folder: Path) -> pl.DataFrame:
 @pytest.fixture(scope="module")
 def reference(workspace: Path, ray_address: str) -> Path:
     """A training that was never interrupted, where its editor finds it."""
-    status, text = train(workspace, ray_address, "mend")
+    status, text = train(workspace, "mend")
     assert status == 0, text
     assert f"step {STEPS}/{STEPS}" in text
     return workspace / "hypernetworks" / "tiny-mend"
@@ -105,7 +105,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(
     process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL)
     assert STEPS not in curve(tmp_path)["step"]
-    status, text = train(workspace, ray_address, "mend", "--out", str(tmp_path))
+    status, text = train(workspace, "mend", "--out", tmp_path)
     assert status == 0, text
     assert curve(tmp_path).drop("seconds").equals(curve(reference).drop("seconds"))
     weights = (reference / "weights.safetensors").read_bytes()
@@ -114,7 +114,7 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(
 
 def test_what_is_done_is_not_done_again(reference: Path, workspace: Path, ray_address: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference.iterdir()}
-    status, text = train(workspace, ray_address, "mend")
+    status, text = train(workspace, "mend")
     assert status == 0, text
     assert "edit accuracy" in text
     assert {path: path.stat().st_mtime_ns for path in reference.iterdir()} == before
@@ -123,13 +123,13 @@ def test_what_is_done_is_not_done_again(reference: Path, workspace: Path, ray_ad
 def test_another_training_in_the_same_folder_is_refused(
     reference: Path, workspace: Path, ray_address: str
 ) -> None:
-    status, text = train(workspace, ray_address, "mend", "--set", "training.rate=0.5")
+    status, text = train(workspace, "mend", "--set", "training.rate=0.5")
     assert status == 1
     assert "training.rate: 0.001 there, 0.5 now" in text
 
 
 def test_ke_trains_on_continuations_that_the_model_wrote(workspace: Path, ray_address: str) -> None:
-    status, text = train(workspace, ray_address, "ke", "--set", "training.steps=10")
+    status, text = train(workspace, "ke", "--set", "training.steps=10")
     assert status == 0, text
     folder = workspace / "hypernetworks" / "tiny-ke"
     assert curve(folder)["step"].to_list() == [0, 5, 10]
@@ -157,10 +157,8 @@ def test_a_run_takes_its_trained_editor_from_the_workspace(
     }
     path = workspace / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    command = [sys.executable, "-m", "jobs.evaluate", str(path), "--out", str(workspace / "run")]
-    environment = os.environ | {"ROME_WORKSPACE": str(workspace), "RAY_ADDRESS": ray_address}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, text = command("evaluate", path, "--out", workspace / "run", ROME_WORKSPACE=workspace)
+    assert status == 0, text
     rows = pl.read_parquet(workspace / "run/results/**/*.parquet", hive_partitioning=True)
     assert (rows.filter(editor="mend")["edit_norm"] > 0).all()
     nll = {
@@ -171,15 +169,10 @@ def test_a_run_takes_its_trained_editor_from_the_workspace(
 
     run["editors"]["mend"]["weights"] = "mend-smollm2-counterfact"
     path.write_text(yaml.safe_dump(run))
-    done = subprocess.run(
-        [*command, "--set", "name=other", "--out", str(workspace / "other")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "python -m jobs.train configs/train/mend-smollm2-counterfact.yaml" in done.stderr
+    other = [path, "--set", "name=other", "--out", workspace / "other"]
+    status, text = command("evaluate", *other, ROME_WORKSPACE=workspace)
+    assert status == 1
+    assert "python -m jobs.train configs/train/mend-smollm2-counterfact.yaml" in text
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path: Path, monkeypatch: Any) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from computations import COMPUTATIONS, FAMILIES, distance
-from two_gpus import spread, two_gpus
 
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
+from tests.support import tiny
+from tests.support.computations import COMPUTATIONS, FAMILIES, distance
+from tests.support.two_gpus import spread, two_gpus
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 

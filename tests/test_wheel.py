@@ -14,12 +14,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import tiny
 import yaml
 from typer.testing import CliRunner
 
 from jobs.__main__ import COMMANDS, app
 from rome.__main__ import app as rome_app
+from tests.support import tiny
 
 pytestmark = pytest.mark.slow
 

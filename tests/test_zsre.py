@@ -8,13 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import oracle
 import polars as pl
 import pyarrow as pa
 import pytest
-import tiny
-from computations import MAIN, random_edits
-from oracle import changed
 from typer.testing import CliRunner
 
 from cluster.store import Store
@@ -28,6 +24,9 @@ from rome.edits.deltas import Edit
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
 from rome.scoring.probabilities import score_records
+from tests.support import oracle, tiny
+from tests.support.computations import MAIN, random_edits
+from tests.support.oracle import changed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -198,7 +197,7 @@ def test_accuracies_of_a_real_model_equal_the_references() -> None:
 def test_from_records_to_table_1() -> None:
     model = tiny.model("gpt2")
     records = [Record.from_zsre(row(), i) for i in range(3)]
-    rows = evaluate(model, Unedited(), records, ScoringSettings(), None, 400)
+    rows, _ = evaluate(model, Unedited(), records, ScoringSettings(), None, 400)
     table = pa.Table.from_pylist(
         [{"run": "r", "status": OK, "attempts": 1, **row} for row in rows], schema=RESULT_SCHEMA
     )

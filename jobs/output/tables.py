@@ -15,6 +15,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from tabulate import tabulate
 
 from rome.analysis.metrics import METRICS, table_of
 from rome.paths import CONFIGS
@@ -27,10 +28,6 @@ _CAPTION = (
 )
 # Without the sign of a zero.
 _VALUE = "{:z.1f}"
-_LATEX_ESCAPES = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)
 
 Row = dict[str, Any]
 
@@ -50,12 +47,11 @@ def terminal(frame: pl.DataFrame) -> Group:
         table = Table(box=SIMPLE_HEAD, padding=0)
         table.title = None if i else _title(frame)
         table.caption = _caption(blocks) if i == len(blocks) - 1 else None
-        for name in names:
-            table.add_column(name.capitalize())
-        for name in (*block.metrics, *_COUNTS):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in block.rows:
-            table.add_row(*_labels(row, names), *_numbers(row, block.metrics, "\n±{:.1f}"))
+        for place, name in enumerate(_header(names, block)):
+            number = place >= len(names)
+            table.add_column(name, justify="right" if number else "left", no_wrap=number)
+        for cells in _cells(names, block, "\n±{:.1f}"):
+            table.add_row(*cells)
         tables.append(table)
     return Group(*tables)
 
@@ -64,16 +60,7 @@ def markdown(frame: pl.DataFrame) -> str:
     names, blocks = _names(frame), _blocks(frame)
     text = [f"**{_title(frame)}**", ""]
     for block in blocks:
-        header = [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
-        ruler = ["---"] * len(names) + ["---:"] * (len(header) - len(names))
-        rows = [
-            [
-                *(label.replace("|", "\\|") for label in _labels(row, names)),
-                *_numbers(row, block.metrics, " (± {:.1f})"),
-            ]
-            for row in block.rows
-        ]
-        text += [*(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)), ""]
+        text += [pipes(_header(names, block), _cells(names, block, " (± {:.1f})"), len(names)), ""]
     text += [_caption(blocks), "", *(f"- {note}" for note in notes(frame))]
     return "\n".join(text).rstrip() + "\n"
 
@@ -83,26 +70,28 @@ def latex(frame: pl.DataFrame) -> str:
     names, blocks = _names(frame), _blocks(frame)
     text = [f"% {line}" for line in (_title(frame), _caption(blocks), *notes(frame))]
     for block in blocks:
-        header = [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
-        rows = [
-            [
-                *(label.translate(_LATEX_ESCAPES) for label in _labels(row, names)),
-                *_numbers(row, block.metrics, " ({:.1f})"),
-            ]
-            for row in block.rows
-        ]
-        columns = "l" * len(names) + "r" * (len(header) - len(names))
-        text += [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            rf"{' & '.join(cell.translate(_LATEX_ESCAPES) for cell in header)} \\",
-            r"\midrule",
-            *(rf"{' & '.join(row)} \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
+        cells = _cells(names, block, " ({:.1f})")
+        text += [_written("latex_booktabs", _header(names, block), cells, len(names)), ""]
     return "\n".join(text)
+
+
+def pipes(header: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    """A Markdown table whose first `labels` columns are words, and the others numbers."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return _written("pipe", header, escaped, labels)
+
+
+def _written(form: str, header: Sequence[str], rows: Sequence[Sequence[str]], labels: int) -> str:
+    aligned = ["left"] * labels + ["right"] * (len(header) - labels)
+    return tabulate(rows, header, tablefmt=form, disable_numparse=True, colalign=aligned)
+
+
+def _header(names: Sequence[str], block: _Block) -> list[str]:
+    return [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
+
+
+def _cells(names: list[str], block: _Block, half_width: str) -> list[list[str]]:
+    return [[*_labels(row, names), *_numbers(row, block.metrics, half_width)] for row in block.rows]
 
 
 def notes(frame: pl.DataFrame) -> list[str]:

@@ -21,14 +21,14 @@ from jobs.runs.manifests import unchanged
 from jobs.runs.parts import hive_path, hive_values
 from jobs.tasks import stored_edits
 from jobs.tasks.loading import load_model, token_budget
-from jobs.tasks.stored_edits import KeptEdits, StoredEdits
+from jobs.tasks.stored_edits import StoredEdits
 from rome import second_moment
 from rome.analysis.summary import record_metrics
 from rome.data import records
 from rome.data.results import ERROR, OK, RESULT_SCHEMA
 from rome.editors import EDITORS, Editor, Resources, hypernetwork
 from rome.edits.deltas import Edit
-from rome.edits.files import Origin
+from rome.edits.files import EditOrigin
 from rome.edits.sequences import grouped
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
@@ -62,10 +62,12 @@ class Evaluation:
     def row(self, case_id: int, **values: Any) -> dict[str, Any]:
         return {"run": self.config.name, "case_id": case_id, "attempts": 1, **values}
 
-    def dead_row(self, lease: Lease, error: str, attempts: int) -> pa.Table:
-        """The row of a record that ended its workers."""
+    def task(self) -> EvaluationTask:
+        return EvaluationTask(self)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
         (case_id,) = self.grid.ids(lease)
-        return _table([self.row(case_id, status=ERROR, error=error, attempts=attempts)])
+        return _table([self.row(case_id, status=ERROR, error=error, attempts=lease.attempt)])
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -119,7 +121,7 @@ class EvaluationTask:
         worker = f"{socket.gethostname()}:{os.getpid()}"
         if evaluation.keep and evaluation.config.kind(name) != "none":
             model = evaluation.config.model.name
-            origin = Origin(editor=name, model=model, model_fingerprint=self.fingerprint)
+            origin = EditOrigin(editor=name, model=model, model_fingerprint=self.fingerprint)
             stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
         return _table(
             [
@@ -146,17 +148,16 @@ class EvaluationTask:
         chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
         stored = evaluation.config.takes_stored(name := hive_values(lease.group)["editor"])
         editor = self._stored(lease.group).of(ids) if stored else self.editors[name]
-        kept = KeptEdits(editor)
-        rows = evaluate(
+        rows, edits = evaluate(
             self.model,
-            kept,
+            editor,
             records.from_table(chosen),
             evaluation.config.scoring,
             self.references,
             self.token_budget,
             evaluation.reversed_prompts,
         )
-        return list(zip(rows, kept.made, strict=True))
+        return list(zip(rows, edits, strict=True))
 
     def _stored_edits(self, group: str) -> StoredEdits:
         assert self.evaluation.config.edits is not None

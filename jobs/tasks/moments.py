@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,30 @@ from rome.second_moment import SecondMoment, accumulate, merge
 GROUP = "parts"
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Everything that a worker must know: the model, its layers, and the corpus by chunks."""
+
+    model: ModelConfig
+    layers: Sequence[int]
+    corpus: Corpus
+    grid: Grid
+
+    def task(self) -> MomentTask:
+        return MomentTask(self)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
+        row = {"case_id": lease.start, "error": error, "attempts": lease.attempt}
+        return pa.Table.from_pylist([row])
+
+
 class MomentTask:
     """A pinned model that sums k k^T over chunks of a corpus."""
 
-    def __init__(
-        self, config: ModelConfig, layers: Sequence[int], corpus: Corpus, grid: Grid
-    ) -> None:
-        self.model = load_model(config)
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self.model = load_model(moments.model)
         self.fingerprint = self.model.fingerprint()
-        self.layers, self.corpus, self.grid = layers, corpus, grid
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}
@@ -39,8 +55,9 @@ class MomentTask:
         """Nothing here writes to a weight."""
 
     def run(self, lease: Lease) -> pa.Table:
-        (chunk,) = self.grid.ids(lease)
-        moments = accumulate(self.model, self.layers, self.corpus.texts(self.model, chunk))
+        (chunk,) = self.moments.grid.ids(lease)
+        texts = self.moments.corpus.texts(self.model, chunk)
+        moments = accumulate(self.model, self.moments.layers, texts)
         columns = {
             "case_id": pa.array([chunk]),
             "count": pa.array([next(iter(moments.values())).count]),
@@ -68,12 +85,6 @@ def _unpacked(data: pa.Buffer) -> Tensor:
     for i, row in enumerate(lower_KK.numpy()):
         row[: i + 1] = flat[i * (i + 1) // 2 :][: i + 1]
     return lower_KK + lower_KK.tril(-1).T
-
-
-def dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
-    """The row of a chunk that ended its workers."""
-    row = {"case_id": lease.start, "error": error, "attempts": attempts}
-    return pa.Table.from_pylist([row])
 
 
 def merged(parts: Store, grid: Grid, layer: int) -> tuple[SecondMoment, str]:

@@ -20,32 +20,20 @@ from rome.data.records import Request
 from rome.editors import Editor
 from rome.edits import files as edit_files
 from rome.edits.deltas import Edit
-from rome.edits.files import Origin
+from rome.edits.files import EditOrigin
 from rome.models import EditableModel
 from rome.options import ConfigError
 
 _EDITS, _RESULTS = "edits", "results"
 
 
-def keep(run: Store, lease: Lease, edits: Sequence[Edit], origin: Origin) -> None:
+def keep(run: Store, lease: Lease, edits: Sequence[Edit], origin: EditOrigin) -> None:
     """Commit the edits of a lease's rows."""
     run.write_bytes(_file_of(lease.part), edit_files.dumps(edits, origin))
 
 
 def _file_of(part: str) -> str:
     return f"{_EDITS}/{part.removesuffix('.parquet')}.safetensors"
-
-
-class KeptEdits:
-    """An editor that remembers what it made last."""
-
-    def __init__(self, editor: Editor) -> None:
-        self._editor = editor
-        self.made: list[Edit] = []
-
-    def edit(self, requests: Sequence[Request]) -> list[Edit]:
-        self.made = self._editor.edit(requests)
-        return self.made
 
 
 class StoredEdits:

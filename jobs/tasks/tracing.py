@@ -75,10 +75,12 @@ class Tracing:
     grid: Grid
     std: float
 
-    def dead_row(self, lease: Lease, error: str, attempts: int) -> pa.Table:
-        """The row of a fact that ended its workers."""
+    def task(self) -> TracingTask:
+        return TracingTask(self)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
         (known_id,) = self.grid.ids(lease)
-        row = {"case_id": known_id, "status": ERROR, "error": error, "attempts": attempts}
+        row = {"case_id": known_id, "status": ERROR, "error": error, "attempts": lease.attempt}
         return pa.Table.from_pylist([row], schema=TRACE_SCHEMA)
 
 

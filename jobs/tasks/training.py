@@ -27,7 +27,7 @@ from rome import options
 from rome.data import records
 from rome.data.records import Record, Request
 from rome.editors import hypernetwork
-from rome.editors.hypernetwork import NETWORKS, Origin
+from rome.editors.hypernetwork import NETWORKS, NetworkOrigin
 from rome.editors.training import Example, Figures, Trainer, TrainingSettings
 from rome.models import EditableModel, memory
 from rome.options import ConfigError
@@ -139,7 +139,7 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
     else:
         curve = [_row(0, [], trainer.validate(edited=False), 0.0)]
         yield curve[0]
-    origin = Origin(
+    origin = NetworkOrigin(
         training=config.name,
         kind=config.editor,
         layers=config.layers,
@@ -160,7 +160,7 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
         # The checkpoint comes last: what is written before it is written again without it.
         store.write_table(CURVE, pa.Table.from_pylist(curve))
         if best(curve) == len(curve) - 1:
-            where = Origin(**{**asdict(origin), "step": trainer.step})
+            where = NetworkOrigin(**{**asdict(origin), "step": trainer.step})
             store.write_bytes(WEIGHTS, hypernetwork.serialised(network, where))
         store.write_bytes(CHECKPOINT, trainer.serialised())
         yield curve[-1]

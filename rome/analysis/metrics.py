@@ -54,7 +54,7 @@ def _probabilities(nll: pl.Expr) -> pl.Expr:
     return nll.list.eval((-pl.element()).exp())
 
 
-def told(kind: str) -> pl.Expr:
+def likeliest_share(kind: str) -> pl.Expr:
     """Of the target's tokens, the share that is the likeliest (`eval_utils_zsre.py`)."""
     return pl.col(f"{kind}_accuracy").list.mean()
 
@@ -87,9 +87,9 @@ METRICS: dict[str, Metric] = {
     "NM": Metric(value=magnitude("neighborhood", "true", "new"), benchmark="counterfact"),
     "GE": Metric(value=None, benchmark="counterfact"),
     "RS": Metric(value=None, benchmark="counterfact"),
-    "efficacy": Metric(value=told("rewrite"), benchmark="zsre"),
-    "paraphrase": Metric(value=told("paraphrase"), benchmark="zsre"),
-    "specificity": Metric(value=told("neighborhood"), benchmark="zsre"),
+    "efficacy": Metric(value=likeliest_share("rewrite"), benchmark="zsre"),
+    "paraphrase": Metric(value=likeliest_share("paraphrase"), benchmark="zsre"),
+    "specificity": Metric(value=likeliest_share("neighborhood"), benchmark="zsre"),
     "ES_strict": Metric(value=said("rewrite"), caption=_STRICT),
     "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT),
     "NS_strict": Metric(value=said("neighborhood"), caption=_STRICT),

@@ -119,7 +119,7 @@ def batches(
 
 
 @dataclass
-class Observed:
+class SubjectStates:
     """Activations of the unedited model at the subject's last token, per edit and row.
 
     Everything has E as its first dimension, so that edits can leave by indexing (from the CPU:
@@ -140,17 +140,17 @@ class Observed:
     label_weights_ECN: Tensor
     """1 / (C * target tokens), and 0 for padding: weights of a mean of means."""
 
-    def __getitem__(self, kept: Tensor) -> Observed:
+    def __getitem__(self, kept: Tensor) -> SubjectStates:
         def take(value: Any) -> Any:
             if isinstance(value, list):
                 return [(k[kept], v[kept]) for k, v in value]
             return None if value is None else value[kept]
 
-        return Observed(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
+        return SubjectStates(**{f.name: take(getattr(self, f.name)) for f in fields(self)})
 
 
 @torch.no_grad()
-def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Observed:
+def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> SubjectStates:
     """One forward pass of the unedited model over every row of every request."""
     pivots = [pivot for request in chosen for pivot in request.pivots]
     batch = prompts.pad([row for request in chosen for row in request.rows], model.device, pivots)
@@ -175,7 +175,7 @@ def observe(model: EditableModel, layer: int, chosen: Sequence[Contexts]) -> Obs
         return x.unflatten(0, (len(chosen), -1)).contiguous()
 
     label_ids_BN, label_columns_BN, label_weights_BN = _labels(model, chosen)
-    return Observed(
+    return SubjectStates(
         key_ERK=per_edit(seen["key_BK"]),
         output_ERD=per_edit(seen["output_BD"]),
         ids_ERS=per_edit(batch.ids_BT[:, P:]),

@@ -90,7 +90,7 @@ def build(model: EditableModel, kind: str, layers: int, settings: Any, seed: int
 
 
 @dataclass(frozen=True)
-class Origin:
+class NetworkOrigin:
     """The origin of trained weights.
 
     model_fingerprint: of the model's weights rounded to bfloat16, so that what was trained in
@@ -106,19 +106,19 @@ class Origin:
     step: int
 
 
-def serialised(network: Network, origin: Origin) -> bytes:
+def serialised(network: Network, origin: NetworkOrigin) -> bytes:
     """A trained network as the content of a safetensors file."""
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     return to_bytes(tensors, {"origin": json.dumps(asdict(origin))})
 
 
-def origin_for(file: Path, model: EditableModel, kind: str) -> Origin:
+def origin_for(file: Path, model: EditableModel, kind: str) -> NetworkOrigin:
     """Read the origin of a file that a training wrote.
 
     Raises ValueError where it is of another kind or of another model.
     """
     with safe_open(file, "pt") as opened:
-        origin = Origin(**json.loads(opened.metadata()["origin"]))
+        origin = NetworkOrigin(**json.loads(opened.metadata()["origin"]))
     if origin.kind != kind:
         raise ValueError(f"{file} must be a trained {kind}, but is a {origin.kind}")
     if origin.model_fingerprint != model.fingerprint(torch.bfloat16):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rome.editors.contexts import Observed
+from rome.editors.contexts import SubjectStates
 from rome.models import EditableModel, caches, costs, kernels
 from rome.models.hooks import hooked
 from rome.settings import configurable
@@ -74,7 +74,7 @@ class _LabelNLL(torch.autograd.Function):
 class _Problem:
     """Equation 4 of the edits of a batch: all that its evaluations share."""
 
-    def __init__(self, model: EditableModel, layer: int, observed: Observed) -> None:
+    def __init__(self, model: EditableModel, layer: int, observed: SubjectStates) -> None:
         self.model, self.layer = model, layer
         self.E, self.R, S = observed.ids_ERS.shape
         T = observed.mask_ERT.shape[2]
@@ -146,7 +146,7 @@ class _Adam:
 
 
 def optimise(
-    model: EditableModel, layer: int, observed: Observed, settings: ValueSettings
+    model: EditableModel, layer: int, observed: SubjectStates, settings: ValueSettings
 ) -> list[Value]:
     """Minimise Equation 4 for each edit, exactly as it would be alone.
 

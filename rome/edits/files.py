@@ -28,7 +28,7 @@ from rome.models import EditableModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class EditOrigin:
     """Who made the edits of a file, and for which weights."""
 
     editor: str
@@ -38,12 +38,12 @@ class Origin:
 
 def save(path: str | os.PathLike[str], edit: Edit, model: EditableModel, editor: str) -> None:
     """Write one edit of a model, whole or not at all. `editor`: the name of who made it."""
-    origin = Origin(editor=editor, model=model.name, model_fingerprint=model.fingerprint())
+    origin = EditOrigin(editor=editor, model=model.name, model_fingerprint=model.fingerprint())
     with files.replacing(path) as temporary:
         temporary.write_bytes(dumps([edit], origin))
 
 
-def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, Origin]:
+def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, EditOrigin]:
     """The edit that `save` wrote. Raises ValueError as `loads` does."""
     edits, origin = loads(Path(path).read_bytes(), model, model.fingerprint(), os.fspath(path))
     if len(edits) != 1:
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, Orig
     return edits[0], origin
 
 
-def dumps(edits: Sequence[Edit], origin: Origin) -> bytes:
+def dumps(edits: Sequence[Edit], origin: EditOrigin) -> bytes:
     """Edits of one model as the content of a file."""
     numbers: dict[tuple[str, int], int] = {}
     tensors: dict[str, Tensor] = {}
@@ -73,7 +73,7 @@ def dumps(edits: Sequence[Edit], origin: Origin) -> bytes:
 
 def loads(
     data: bytes, model: EditableModel, fingerprint: str, where: str
-) -> tuple[list[Edit], Origin]:
+) -> tuple[list[Edit], EditOrigin]:
     """The edits that `dumps` wrote, for the model with this `fingerprint`, and who made them.
 
     `where`: what errors call the file. Raises ValueError where it is damaged or holds no edits,
@@ -82,7 +82,7 @@ def loads(
     try:
         tensors = safetensors.torch.load(data)
         metadata = _metadata(data)
-        origin = Origin(**json.loads(metadata["origin"]))
+        origin = EditOrigin(**json.loads(metadata["origin"]))
         described = json.loads(metadata["edits"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(

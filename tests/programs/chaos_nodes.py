@@ -17,7 +17,7 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PREEMPTION = 2
 """DRAIN_NODE_REASON_PREEMPTION of autoscaler.proto."""
 
@@ -121,9 +121,8 @@ def _kill(process: psutil.Process) -> None:
 def environment(extra: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
     """What nodes and drivers start with, also set here, because nodes inherit it."""
     folder = tempfile.mkdtemp(dir="/tmp")  # Ray puts sockets in it, whose paths must be short.
-    paths = [str(ROOT), str(ROOT / "tests")]
     mine = {
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": str(ROOT),
         "RAY_TMPDIR": folder,
         "RAY_USAGE_STATS_ENABLED": "0",
         # Workers have their own environment, so those that Ray starts beforehand are never used.

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from oracle import (
+from torch import Tensor, nn
+
+from rome.data.records import Request
+from rome.editors.memit import MemitSettings
+from rome.models import EditableModel
+from tests.support.oracle import (
     edited,
     first,
     log_probabilities,
@@ -17,11 +22,6 @@ from oracle import (
     subject_last,
     tokens,
 )
-from torch import Tensor, nn
-
-from rome.data.records import Request
-from rome.editors.memit import MemitSettings
-from rome.models import EditableModel
 
 
 def run(

@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import functools
 import os
 import sys
 import time
@@ -78,10 +77,22 @@ SCHEMA = pa.schema(
 )
 
 
-def dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
-    (case_id,) = GRID.ids(lease)
-    row = {"case_id": case_id, "attempts": attempts, "error": error}
-    return pa.Table.from_pylist([row], schema=SCHEMA)
+@dataclass
+class FakeWork:
+    """The arguments of its FakeTask."""
+
+    log: Path
+    bad: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    fingerprint: str = "f00"
+
+    def task(self) -> FakeTask:
+        return FakeTask(self.log, self.bad, self.seconds, self.fingerprint)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
+        (case_id,) = GRID.ids(lease)
+        row = {"case_id": case_id, "attempts": lease.attempt, "error": error}
+        return pa.Table.from_pylist([row], schema=SCHEMA)
 
 
 def drive(
@@ -95,9 +106,9 @@ def drive(
     """A run in `folder`/results, with what was run in `folder`/log."""
     log = folder / "log"
     log.mkdir(parents=True, exist_ok=True)
-    make_task = functools.partial(FakeTask, log, bad or {}, seconds, fingerprint)
+    work = FakeWork(log, bad or {}, seconds, fingerprint)
     expect = {"fingerprint": "f00", "cuda": ""}
-    return run(Store(folder / "results"), groups, GRID, make_task, dead_row, settings, expect)
+    return run(Store(folder / "results"), groups, GRID, work, settings, expect)
 
 
 if __name__ == "__main__":

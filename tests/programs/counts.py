@@ -12,16 +12,16 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 from unittest import mock
 
-import bench
 import torch
-from bench import Bench
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from two_gpus import INDEXED, Placed, place, two_gpus, watched
 
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit
 from rome.scoring import generation, greedy, probabilities
+from tests.programs import bench
+from tests.programs.bench import Bench
+from tests.support.two_gpus import INDEXED, Placed, place, two_gpus, watched
 
 aten = torch.ops.aten
 

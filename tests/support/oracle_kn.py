@@ -7,12 +7,12 @@ Written from the release that the ROME paper compared with (`get_scores_for_laye
 from __future__ import annotations
 
 import torch
-from oracle import first, prompt_and_target, tokens
 from torch import Tensor
 
 from rome.data.records import Request
 from rome.editors.knowledge_neurons import KnowledgeNeuronsSettings
 from rome.models import EditableModel
+from tests.support.oracle import first, prompt_and_target, tokens
 
 
 def probabilities(

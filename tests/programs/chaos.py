@@ -1,4 +1,4 @@
-"""Break runs in every way we know and count what is lost: `python tests/chaos.py [FAULT...]`.
+"""Break runs in every way we know and count what is lost: `make chaos ARGS="FAULT ..."`.
 
 Prints a table: fault -> how often injected and recovered, records lost and duplicated, most runs of
 one record, seconds. Ends with 1 if a run was not recovered or anything was lost or duplicated.
@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-from chaos_faults import FAULTS, Scene, judge
-from chaos_nodes import Nodes, environment
-from chaos_task import Spec, write_records
+
+from tests.programs.chaos_faults import FAULTS, Scene, judge
+from tests.programs.chaos_nodes import Nodes, environment
+from tests.programs.chaos_task import Spec, write_records
 
 COLUMNS = ("fault", "injected", "recovered", "lost", "duplicated", "attempts", "seconds")
 ON_A_SMALL_DISK = ("disk full", "disk stays full")
@@ -95,7 +96,7 @@ def on_a_small_disk(arguments: list[str]) -> int:
     if subprocess.run([*command, "true"], capture_output=True).returncode:
         print(f"{arguments[0]}: skipped, no user namespaces here", file=sys.stderr)
         return 0
-    command += [sys.executable, __file__, *arguments]
+    command += [sys.executable, "-m", "tests.programs.chaos", *arguments]
     try:
         return subprocess.run(command, env=os.environ | {SMALL_DISK: folder}).returncode
     finally:

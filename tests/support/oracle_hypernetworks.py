@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import oracle
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from rome.data.records import Request
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork
 from rome.editors.mend import MendNetwork
 from rome.models import EditableModel
+from tests.support import oracle
 
 
 def texts(model: EditableModel, request: Request) -> tuple[list[int], list[int]]:

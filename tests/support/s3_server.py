@@ -1,4 +1,4 @@
-"""A real S3 server process: moto, in a virtual environment of its own beside the packages."""
+"""A real S3 server process: moto."""
 
 from __future__ import annotations
 
@@ -8,24 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 BUCKET = "bucket"
-_MOTO = "moto[server,s3]==5.2.5"
-_FOLDER = Path(sys.prefix) / "moto"
-
-
-def install() -> str | None:
-    """Install the server where it is not yet; why it cannot be, or None."""
-    program = _FOLDER / "bin" / "moto_server"
-    if program.exists():
-        return None
-    venv.create(_FOLDER, with_pip=True)
-    command = [str(_FOLDER / "bin" / "pip"), "install", "--quiet", _MOTO]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return None if done.returncode == 0 else f"{_MOTO} cannot be installed: {done.stderr[-300:]}"
 
 
 @contextlib.contextmanager
@@ -35,7 +21,7 @@ def server() -> Iterator[dict[str, str]]:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [str(_FOLDER / "bin" / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _make_bucket(f"{address}/{BUCKET}", process)

@@ -8,17 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import gpu_speed
-import perf
 import torch
-from bench import Bench
-from gpu_report import Report, Task
 from torch.profiler import ProfilerActivity, profile
 
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit
 from rome.models import memory
 from rome.scoring import generation, greedy, probabilities
+from tests.programs import gpu_speed, perf
+from tests.programs.bench import Bench
+from tests.programs.gpu_report import Report, Task
 
 _EVALUATIONS = 4
 _TOKENS = 26

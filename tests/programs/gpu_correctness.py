@@ -16,14 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import bench
-import computations
-import tiny
 import torch
-from computations import COMPUTATIONS, EDITORS, FAMILIES, RECORDS, distance
-from gpu_report import Report, Task
-from rounds import Clock, Round
-from two_gpus import costs_like
 
 from rome import models
 from rome.editors.rome import Rome, RomeSettings
@@ -32,6 +25,12 @@ from rome.edits.deltas import dense
 from rome.models import EditableModel, kernels
 from rome.scoring import generation, probabilities
 from rome.scoring.generation import GenerationSettings
+from tests.programs import bench
+from tests.programs.gpu_report import Report, Task
+from tests.programs.rounds import Clock, Round
+from tests.support import computations, tiny
+from tests.support.computations import COMPUTATIONS, EDITORS, FAMILIES, RECORDS, distance
+from tests.support.two_gpus import costs_like
 
 # Relative, of float32: an H200 stayed within 2e-5 of a CPU. A mistake is of the order of one.
 ROUNDING = 1e-3

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import oracle
 import torch
 from torch import Tensor
 
 from rome.data.records import Request
 from rome.editors.fine_tuning import FineTuningSettings
 from rome.models import EditableModel
+from tests.support import oracle
 
 
 @dataclass

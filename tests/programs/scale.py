@@ -1,4 +1,4 @@
-"""What the driver costs, and how well many workers are used: `python tests/scale.py`.
+"""What the driver costs, and how well many workers are used: `make scale`.
 
 All rows of COUNTERFACT (or as many made-up ones) go the whole way, from shards of records to a
 part of result rows a lease, with an editor that only sleeps. Ends with 1 if a bound is not held.
@@ -13,19 +13,18 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from chaos_nodes import Nodes, environment
 
 from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
+from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
 DRIVER_BOUND = 0.5e-3
@@ -66,6 +65,22 @@ class SleepTask:
         return pa.Table.from_pylist([_row(record) for record in chosen], schema=RESULT_SCHEMA)
 
 
+@dataclass(frozen=True)
+class SleepWork:
+    """The arguments of its SleepTask."""
+
+    records: Store
+    grid: Grid
+    seconds: float
+    log: str
+
+    def task(self) -> SleepTask:
+        return SleepTask(self.records, self.grid, self.seconds, self.log)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
+        raise AssertionError(f"{lease} failed {lease.attempt} times: {error}")
+
+
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": "scale",
@@ -104,18 +119,11 @@ def measure(nodes: int, cpus: int, seconds: float, root: str | None) -> dict[str
         cluster = Nodes(nodes, cpus=cpus)
         os.environ["RAY_ADDRESS"] = cluster.address
         try:
-            task = partial(SleepTask, store.sub("records"), grid, seconds, str(log))
+            work = SleepWork(store.sub("records"), grid, seconds, str(log))
             settings = RunSettings(workers=nodes * cpus)
             cpu = time.process_time()
-            outcome = run(
-                store.sub("results"),
-                ["editor=sleep"],
-                grid,
-                task,
-                _dead_row,
-                settings,
-                name="scale",
-            )
+            results = store.sub("results")
+            outcome = run(results, ["editor=sleep"], grid, work, settings, name="scale")
             cpu = time.process_time() - cpu
         finally:
             ray.shutdown()
@@ -155,10 +163,6 @@ def _use(
         worked += seconds * sum(rows for moment, rows in moments if moment > begin)
         there += end - begin
     return worked / there
-
-
-def _dead_row(lease: Lease, error: str, attempts: int) -> pa.Table:
-    raise AssertionError(f"{lease} failed {attempts} times: {error}")
 
 
 def main() -> int:

@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import bench
-import oracle
 import pyarrow as pa
 import pyarrow.parquet as pq
-import reference
 import torch
-from bench import Bench
 
 from rome.data.results import OK, PROMPT_KINDS, RESULT_SCHEMA
 from rome.editors import Editor, Unedited, values
@@ -31,6 +27,9 @@ from rome.editors.rome import Rome
 from rome.edits.deltas import Edit, dense
 from rome.evaluation import ScoringSettings, evaluate
 from rome.scoring import generation, probabilities
+from tests.programs import bench
+from tests.programs.bench import Bench
+from tests.support import oracle, reference
 
 RECORD_STAGES = ("edit", "probabilities", "generation")
 STAGES = (*RECORD_STAGES, "row")
@@ -195,7 +194,7 @@ def _write_rows(made: Bench, editor: Editor, token_budget: int, seconds: dict[st
 
     RS, for which a benchmark brings the texts, is left out. `seconds` takes the parts' seconds.
     """
-    rows = evaluate(
+    rows, _ = evaluate(
         made.engine,
         editor,
         made.records,

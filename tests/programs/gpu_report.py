@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import perf
 import torch
+
+from tests.programs import perf
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import oracle
-import reference
-
 from rome.data.records import Record
 from rome.models import EditableModel
 from rome.scoring.generation import GenerationSettings
+from tests.support import oracle, reference
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +129,18 @@ SCHEMA = pa.schema(
 )
 
 
-def dead_row(grid: Grid, lease: Lease, error: str, attempts: int) -> pa.Table:
-    row = {"case_id": grid.ids(lease)[0], "attempts": attempts, "error": error}
-    return pa.Table.from_pylist([row], schema=SCHEMA)
+@dataclass(frozen=True)
+class ChaosWork:
+    spec: Spec
+    grid: Grid
+
+    def task(self) -> ChaosTask:
+        return ChaosTask(self.spec, self.grid)
+
+    def dead_row(self, lease: Lease, error: str) -> pa.Table:
+        (case_id,) = self.grid.ids(lease)
+        row = {"case_id": case_id, "attempts": lease.attempt, "error": error}
+        return pa.Table.from_pylist([row], schema=SCHEMA)
 
 
 class DyingStore(Store):
@@ -161,8 +169,7 @@ def drive(spec: Spec) -> int:
     if spec.dies_after is not None:
         results = DyingStore(results.uri, spec.dies_after, spec.log)
     settings = RunSettings(**{"workers": 4, "num_cpus": 1, "record_seconds": 60} | spec.settings)
-    make, dead = partial(ChaosTask, spec, grid), partial(dead_row, grid)
-    outcome = run(results, [GROUP], grid, make, dead, settings, name="chaos")
+    outcome = run(results, [GROUP], grid, ChaosWork(spec, grid), settings, name="chaos")
     print(json.dumps({"done": outcome.done, "dead": outcome.dead, "stopped": outcome.stopped}))
     return 130 if outcome.stopped else 0
 

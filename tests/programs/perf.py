@@ -1,8 +1,7 @@
 """The meter: the reference's way and the engine on the same records, in turn, in one process.
 
-`python tests/perf.py --help`; docs/performance.md says how to read the table. Needs neither Ray,
-Polars nor an installed package: with the repository's folder in PYTHONPATH, any Python with torch,
-transformers, pyarrow and pyyaml will do.
+`python -m tests.programs.perf --help`; docs/performance.md says how to read the table. In the
+repository's folder any Python with torch, transformers, pyarrow and pyyaml will do.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import bench
-import counts
-import flops
-import reference
 import torch
 import transformers
-from bench import Bench
-from rounds import (
+
+from rome import models
+from rome.editors.rome import Rome
+from rome.edits.deltas import Edit
+from rome.models import memory
+from tests.programs import bench, counts, flops
+from tests.programs.bench import Bench
+from tests.programs.rounds import (
     ALLOWED,
     MODELS,
     RECORD_STAGES,
@@ -39,11 +40,7 @@ from rounds import (
     run_engine,
     run_oracle,
 )
-
-from rome import models
-from rome.editors.rome import Rome
-from rome.edits.deltas import Edit
-from rome.models import memory
+from tests.support import reference
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

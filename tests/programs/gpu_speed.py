@@ -1,6 +1,6 @@
 """How many records a second? The meter at full size, and several processes on one card.
 
-`python tests/gpu_speed.py SHAPE DTYPE DEVICE RECORDS TOKEN_BUDGET ROUNDS SHARE` is one of them.
+`python -m tests.programs.gpu_speed SHAPE DTYPE DEVICE RECORDS TOKEN_BUDGET ROUNDS SHARE` is one.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
-import bench
-import perf
 import torch
-from bench import Bench
-from gpu_report import Report, Task
-from rounds import STAGES, run_engine
 
 from rome.models import memory
+from tests.programs import bench, perf
+from tests.programs.bench import Bench
+from tests.programs.gpu_report import Report, Task
+from tests.programs.rounds import STAGES, run_engine
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,8 @@ def _row(setting: Setting, workers: int, what: str, seconds: float) -> dict[str,
 def _share(device: str, sharing: Sharing, report: Report) -> None:
     """Edited and unedited rows by several processes, all warm, from one moment on."""
     setting = sharing.setting
-    command = [sys.executable, __file__, setting.shape, setting.dtype, device]
+    command = [sys.executable, "-m", "tests.programs.gpu_speed"]
+    command += [setting.shape, setting.dtype, device]
     command += [str(setting.records), str(setting.token_budget or 0), str(setting.rounds)]
     command.append(str(1 / sharing.workers))
     _free(device)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import oracle
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from rome.editors.rome import RomeSettings
 from rome.models import EditableModel, prompts
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
+from tests.support import oracle
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from chaos_nodes import Nodes
-from chaos_task import GROUP, SHARDS, Spec
 
 from cluster.store import Store
+from tests.programs.chaos_nodes import Nodes
+from tests.programs.chaos_task import GROUP, SHARDS, Spec
 
-HERE = Path(__file__).parent
+TASK = "tests.programs.chaos_task"
 LIMIT = 150
 
 
@@ -43,7 +43,7 @@ class Scene:
     def driver(self, **changes: Any) -> Iterator[subprocess.Popen[str]]:
         """A driver in a process of its own, killed at the end if it still runs."""
         process = subprocess.Popen(
-            [sys.executable, str(HERE / "chaos_task.py"), self.spec.changed(**changes).dump()],
+            [sys.executable, "-m", TASK, self.spec.changed(**changes).dump()],
             env=self.environment | {"RAY_ADDRESS": self.nodes.address},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts_of_runs import write_part
 
 from cluster.store import Store
 from rome.data.records import Record, to_table
 from rome.data.results import ERROR, OK
+from tests.support.parts_of_runs import write_part
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7*7 }}"

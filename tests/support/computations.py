@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import tiny
 import torch
-from tiny import REQUESTS, TEMPLATES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +40,8 @@ from rome.models import EditableModel
 from rome.scoring.generation import GenerationSettings
 from rome.second_moment import SecondMoment, Solver
 from rome.tracing import KnownFact, TraceSettings
+from tests.support import tiny
+from tests.support.tiny import REQUESTS, TEMPLATES
 
 MAIN = ("gpt2", "gptj", "llama")
 FAMILIES = (*MAIN, "mistral")
@@ -207,7 +207,7 @@ class Computation:
 
 def scores(model: EditableModel, editor: Editor, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Result rows without what differs from run to run."""
-    rows = evaluate(model, editor, records, SCORING, None, 400, REVERSED)
+    rows, _ = evaluate(model, editor, records, SCORING, None, 400, REVERSED)
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 

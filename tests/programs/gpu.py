@@ -1,7 +1,7 @@
 """Is a GPU right, and how fast is it? One script for a machine that has one for a few minutes.
 
-`make gpu`, or with the repository's folder in PYTHONPATH `python tests/gpu.py` by any Python with
-torch, transformers, pyarrow and pyyaml. docs/performance.md says how to read what it prints.
+`make gpu`, or `python -m tests.programs.gpu` in the repository's folder, by any Python with torch,
+transformers, pyarrow and pyyaml. docs/performance.md says how to read what it prints.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import bench
-import gpu_correctness
-import gpu_profile
-import gpu_speed
 import torch
-from gpu_report import Report, Task
+
+from tests.programs import bench, gpu_correctness, gpu_profile, gpu_speed
+from tests.programs.gpu_report import Report, Task
 
 # A part, and the share of the time by which it ends; what it has not done by then is left out.
 PARTS: dict[str, tuple[Callable[[str], list[Task]], float]] = {

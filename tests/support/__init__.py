@@ -1,0 +1,1 @@
+"""What tests and programs share: tiny models, oracles, made-up runs, servers."""
