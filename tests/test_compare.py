@@ -18,7 +18,7 @@ from jobs.compare import app
 from rome.analysis.comparison import compare, health
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
-from tests.support.parts_of_runs import result_rows, write_part
+from tests.support.parts_of_runs import result_rows, unpadded, write_part
 
 METRICS = table_of("counterfact")
 
@@ -205,7 +205,7 @@ def test_the_job_compares_the_editors_of_runs(tmp_path: Path) -> None:
     assert paraphrase["difference"] < -20
     assert paraphrase["high"] < 0
     assert paraphrase["p_holm"] < 1e-3
-    assert "| PS | first/rome | second/rome | 40 |" in result.stdout
+    assert "| PS | first/rome | second/rome | 40 |" in unpadded(result.stdout)
     assert "wilcoxon" in result.stdout
     table = invoke(first, second, "--metric", "ES", "--metric", "PS").stdout
     lines = [line.split() for line in table.splitlines()]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from jobs.reduce import app, reduce
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
-from tests.support.parts_of_runs import result_rows, write_part
+from tests.support.parts_of_runs import result_rows, unpadded, write_part
 
 METRICS = table_of("counterfact")
 
@@ -67,10 +67,10 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert rome["S_low"] < rome["S"] < rome["S_high"]
     shown = f"{rome['RS']:.1f}", f"{rome['RS_half_width']:.1f}"
     markdown = (run_dir / "table.md").read_text()
-    assert f"| {shown[0]} (± {shown[1]}) | 40 | 0 |" in markdown
-    assert "| unedited |" in markdown
+    assert f"| {shown[0]} (± {shown[1]}) | 40 | 0 |" in unpadded(markdown)
+    assert "| unedited |" in unpadded(markdown)
     latex = (run_dir / "table.tex").read_text()
-    assert rf"& {shown[0]} ({shown[1]}) & 40 & 0 \\" in latex
+    assert rf"& {shown[0]} ({shown[1]}) & 40 & 0 \\" in unpadded(latex)
     assert invoke(run_dir, "--format", "latex").stdout == latex
     assert invoke(run_dir, "--format", "markdown").stdout == markdown
 
@@ -94,7 +94,7 @@ def test_a_run_in_progress_says_so(tmp_path: Path) -> None:
 
 def test_an_editor_that_has_not_begun_is_shown(tmp_path: Path) -> None:
     result = invoke(make_run(tmp_path / "demo", done=0), "--format", "markdown")
-    assert "| rome | – | – | – | – | – | – | – | – | – | 0 | 0 |" in result.stdout
+    assert "| rome | – | – | – | – | – | – | – | – | – | 0 | 0 |" in unpadded(result.stdout)
     assert "demo, rome: in progress, 0 of 40 records." in result.stderr
 
 
@@ -120,8 +120,9 @@ def test_several_runs_in_one_table(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", records=20, done=20)
     result = invoke(first, second, "--format", "markdown")
     assert result.stdout.startswith("**facts · a/b**")
-    assert "| Run | Editor | S |" in result.stdout
-    assert [line.split(" | ")[:2] for line in result.stdout.splitlines() if "(±" in line] == [
+    table = unpadded(result.stdout)
+    assert "| Run | Editor | S |" in table
+    assert [line.split(" | ")[:2] for line in table.splitlines() if "(±" in line] == [
         [f"| {run}", editor] for run in ("first", "second") for editor in ("rome", "unedited")
     ]
     assert "second" not in (first / "table.md").read_text()
@@ -145,8 +146,8 @@ def test_a_second_table_has_what_the_paper_does_not(tmp_path: Path) -> None:
     assert first < second
     assert ["rome", "100.0", "8", "0"] in lines[second:]
     assert ["unedited", "–", "40", "0"] in lines[second:]
-    assert "| Editor | ES_strict | n | dead |" in (run_dir / "table.md").read_text()
-    latex = (run_dir / "table.tex").read_text()
+    assert "| Editor | ES_strict | n | dead |" in unpadded((run_dir / "table.md").read_text())
+    latex = unpadded((run_dir / "table.tex").read_text())
     assert r"Editor & ES\_strict & n & dead \\" in latex
     assert latex.count(r"\end{tabular}") == 2
 
@@ -163,7 +164,7 @@ def test_zsre_has_the_shape_of_table_1_and_the_papers_rows_beside(tmp_path: Path
         folder = run_dir / "results" / "benchmark=zsre" / "model=gpt2-xl" / part.parent.name
         folder.mkdir(parents=True)
         part.rename(folder / part.name)
-    table = invoke(run_dir, "--format", "markdown").stdout.splitlines()
+    table = unpadded(invoke(run_dir, "--format", "markdown").stdout).splitlines()
     assert table[0] == "**demo · zsre · gpt2-xl**"
     assert table[2] == "| Editor | efficacy | paraphrase | specificity | n | dead |"
     assert table[4:9] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,8 @@ def write_part(run_dir: Path, editor: str, rows: list[dict[str, Any]], name: str
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.with_columns(record_metrics()).to_arrow(), path)
     return path
+
+
+def unpadded(table: str) -> str:
+    """A table without the spaces that align its columns."""
+    return re.sub(" +", " ", table)
