@@ -231,6 +231,22 @@ class Solver:
         right_KE = keys_EK.to(self._factor_KK).T
         return torch.cholesky_solve(right_KE, self._factor_KK).T.to(keys_EK.device)
 
+    def solve_with(self, keys_GNK: Tensor, weight: float) -> Tensor:
+        """(weight C + sum of k k^T)^-1 k of each row [G, N, K], each sum over the N rows of a group
+        (Meng et al. 2023, Equation 14): float64, on the device of the keys.
+
+        In the space of the rows or in that of the keys, whichever is smaller.
+        """
+        G, N, K = keys_GNK.shape
+        if N <= K:
+            # (weight C + K K^T)^-1 K = U (1 + K^T U)^-1 with U = (weight C)^-1 K.
+            solved_GNK = self.solve(keys_GNK.flatten(0, 1)).view(G, N, K) / weight
+            identity_NN = torch.eye(N, dtype=torch.float64, device=keys_GNK.device)
+            return torch.linalg.solve(identity_NN + keys_GNK @ solved_GNK.mT, solved_GNK)
+        keys = keys_GNK.to(self._factor_KK)
+        sum_GKK = weight * (self._factor_KK @ self._factor_KK.T) + keys.mT @ keys
+        return torch.cholesky_solve(keys.mT, torch.linalg.cholesky(sum_GKK)).mT.to(keys_GNK.device)
+
     @cached_property
     def condition_number(self) -> float:
         """Largest over smallest eigenvalue of C. Costs far more than the factor."""

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, applied, dense, written
+from rome.edits.deltas import (
+    Delta,
+    DenseDelta,
+    Edit,
+    LowRankDelta,
+    applied,
+    cheapest,
+    dense,
+    written,
+)
 from rome.models import EditableModel, prompts
 from tests.support import tiny
 from tests.support.tiny import REQUESTS, close
@@ -115,3 +127,47 @@ def test_applied_refuses_another_number_of_rows() -> None:
     edits = edits_of_all_kinds(model)[2:3] * 3
     with applied(model, edits), pytest.raises(ValueError, match="3 edits, 2 rows"):
         model.hf(torch.tensor([[1, 2], [3, 4]]))
+
+
+class _Made(TorchDispatchMode):
+    """Counts the numbers in what is made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out._base is None:
+            self.numbers += out.numel()
+        return out
+
+
+@pytest.mark.parametrize(("distinct", "each"), [(1, 300), (7, 40), (100, 3), (300, 1)])
+def test_factors_are_held_once_for_each_distinct_edit(distinct: int, each: int) -> None:
+    model = tiny.model("gpt2")
+    name, R = model.weight_name(0), 6
+    edits = [
+        Edit(REQUESTS[0], {name: LowRankDelta(torch.randn(16, R), torch.randn(40, R))})
+        for _ in range(distinct)
+    ]
+    rows = [edit for edit in edits for _ in range(each)]
+    with _Made() as made, applied(model, rows):
+        pass
+    assert made.numbers <= 2 * distinct * R * (16 + 40) + 2 * len(rows)
+
+
+def test_a_rank_beyond_the_border_is_multiplied_out() -> None:
+    """Of a weight 16 x 40 it lies between 11 and 12."""
+    for rank, kind in ((11, LowRankDelta), (12, DenseDelta), (100, DenseDelta)):
+        delta = LowRankDelta(torch.randn(16, rank).double(), torch.randn(40, rank).double())
+        found = cheapest(delta)
+        assert type(found) is kind
+        assert close(dense(found), delta.left_DR @ delta.right_KR.T, 1e-12)
+    model = tiny.model("gpt2")
+    edit = Edit(REQUESTS[0], {model.weight_name(0): delta})
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with applied(model, [edit] * 2):
+        found_BTV = model.hf(ids).logits
+    with written(model, edit):
+        assert close(found_BTV, model.hf(ids).logits, 1e-6)

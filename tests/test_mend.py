@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
+from rome.editors.training import Example, Trainer, TrainingSettings
 from rome.edits.deltas import dense
 from tests.support import oracle_hypernetworks as oracle
 from tests.support import tiny
@@ -95,3 +98,23 @@ def test_an_untrained_network_is_the_identity() -> None:
 def test_more_layers_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="layers must be from 1 to 3, got 4"):
         gradients.mlp_weights(tiny.model("gpt2"), 4)
+
+
+def test_an_epochs_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole training set a draw takes longer than a step."""
+    settings = TrainingSettings(steps=9, batch=4, validation=2)
+    examples = [Example(request) for request in REQUESTS * 4]
+    model = tiny.model("gpt2")
+    trainer = Trainer(model, mend_network(model), examples, settings)
+    drawn: list[int] = []
+    sample = random.Random.sample
+
+    def counted(self: random.Random, population: range, k: int) -> list[int]:
+        drawn.append(k)
+        return sample(self, population, k)
+
+    monkeypatch.setattr(random.Random, "sample", counted)
+    for step in range(1, 10):  # 36 places of 18 examples: two epochs.
+        trainer.step = step
+        assert len(trainer._batch()) == 4
+    assert drawn == [18, 18]

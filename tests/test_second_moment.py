@@ -184,3 +184,17 @@ def test_u_of_every_reference_case() -> None:
     expected_EK = torch.stack([case["u"] for case in cases]).double()
     errors_E = (u_EK - expected_EK).norm(dim=1) / expected_EK.norm(dim=1)
     assert errors_E.max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 60])
+def test_keys_are_solved_with_their_own_sum(rows: int) -> None:
+    """In either space: of 12 key dimensions, and of fewer or more rows."""
+    generator = torch.Generator().manual_seed(rows)
+    keys_TK = torch.randn(80, 12, generator=generator, dtype=torch.float64)
+    moment = SecondMoment.zeros(12)
+    moment.add(keys_TK)
+    keys_GNK = torch.randn(2, rows, 12, generator=generator, dtype=torch.float64)
+    found_GNK = Solver(moment).solve_with(keys_GNK, 3.0)
+    for keys_NK, found_NK in zip(keys_GNK, found_GNK, strict=True):
+        sum_KK = 3.0 * moment.mean() + keys_NK.T @ keys_NK
+        assert torch.allclose(found_NK, keys_NK @ sum_KK.inverse(), rtol=1e-9, atol=1e-12)

@@ -22,6 +22,7 @@ from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, dense
 from rome.edits.sequences import Grouping, grouped
+from rome.evaluation import evaluate
 from rome.models import EditableModel
 from rome.options import ConfigError
 from tests.support import tiny
@@ -30,6 +31,7 @@ from tests.support.oracle import edited
 from tests.support.tiny import REQUESTS, TEMPLATES
 
 LAYER = 1
+SECONDS = [f"seconds_{stage}" for stage in ("edit", "probabilities", "greedy", "generation")]
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)
 
 
@@ -90,7 +92,7 @@ def check_same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
-            if isinstance(value, float) or "_nll_" in name:
+            if isinstance(value, float) or (value and "_nll_" in name):
                 assert value == pytest.approx(other[name], rel=1e-7, abs=1e-12), name
             else:
                 assert value == other[name], name
@@ -133,6 +135,40 @@ def test_ranks_add_up_and_dense_deltas_combine() -> None:
         (a,), (b,) = one.deltas.values(), other.deltas.values()
         assert isinstance(b, DenseDelta)
         assert torch.allclose(dense(a), dense(b), rtol=1e-9, atol=1e-12)
+
+
+def test_the_change_of_a_long_sequence_is_no_larger_than_the_weight() -> None:
+    model = tiny.model("gpt2")
+    quick = RomeSettings(LAYER, ValueSettings(steps=1), second_moment=False)
+    editor = Rome(model, quick, TEMPLATES[:1], None, 300)
+    edits = grouped(model, editor, Grouping(sequence=40)).edit(REQUESTS * 8)
+    ((delta, *others),) = ({id(d): d for edit in edits for d in edit.deltas.values()}.values(),)
+    assert others == []
+    assert isinstance(delta, DenseDelta)
+
+
+def test_a_sequence_scored_on_the_way_holds_a_few_models_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its rows are those of the whole sequence in one piece."""
+    config = configs.load(run_file(tmp_path, sequence=3, scored="after"), ["lease_records=3"])
+    store = Store(tmp_path / "records")
+    grid = grid_of(store, config.records, config.lease(gpus=False))
+    (first, _) = grid.leases("benchmark=records/model=tiny-gpt2/editor=many")
+    rows = []
+    for at_a_time in (8, 2, 1):
+        monkeypatch.setattr("rome.edits.sequences._SCORED_TOGETHER", at_a_time)
+        sizes: list[int] = []
+        task = EvaluationTask(Evaluation(config, store, grid, tuple(TEMPLATES)))
+        monkeypatch.setattr(
+            "jobs.tasks.evaluation.evaluate",
+            lambda *args, sizes=sizes: sizes.append(len(args[2])) or evaluate(*args),
+        )
+        rows.append(task.run(first).drop_columns(SECONDS).to_pylist())
+        assert max(sizes) == min(at_a_time, 3)
+    check_same(rows[1], rows[0])
+    check_same(rows[2], rows[0])
+    assert rows[0][0]["edit_loss"] != rows[0][1]["edit_loss"]
 
 
 def test_together_is_one_edit_for_all() -> None:

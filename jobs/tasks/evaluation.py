@@ -29,7 +29,7 @@ from rome.data.results import ERROR, OK, RESULT_SCHEMA
 from rome.editors import EDITORS, Editor, Resources, hypernetwork
 from rome.edits.deltas import Edit
 from rome.edits.files import EditOrigin
-from rome.edits.sequences import grouped
+from rome.edits.sequences import grouped, turns
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
@@ -75,7 +75,7 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
 
-_Done = tuple[dict[str, Any], Edit]
+_Done = tuple[dict[str, Any], Edit | None]
 
 
 class EvaluationTask:
@@ -122,7 +122,7 @@ class EvaluationTask:
         if evaluation.keep and evaluation.config.kind(name) != "none":
             model = evaluation.config.model.name
             origin = EditOrigin(editor=name, model=model, model_fingerprint=self.fingerprint)
-            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
+            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done if edit], origin)
         return _table(
             [
                 evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
@@ -148,16 +148,21 @@ class EvaluationTask:
         chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
         stored = evaluation.config.takes_stored(name := hive_values(lease.group)["editor"])
         editor = self._stored(lease.group).of(ids) if stored else self.editors[name]
-        rows, edits = evaluate(
-            self.model,
-            editor,
-            records.from_table(chosen),
-            evaluation.config.scoring,
-            self.references,
-            self.token_budget,
-            evaluation.reversed_prompts,
-        )
-        return list(zip(rows, edits, strict=True))
+        found = records.from_table(chosen)
+        done: list[_Done] = []
+        for one, places in turns(editor, len(found)):
+            rows, edits = evaluate(
+                self.model,
+                one,
+                [found[place] for place in places],
+                evaluation.config.scoring,
+                self.references,
+                self.token_budget,
+                evaluation.reversed_prompts,
+            )
+            kept = edits if evaluation.keep else [None] * len(rows)
+            done += zip(rows, kept, strict=True)
+        return done
 
     def _stored_edits(self, group: str) -> StoredEdits:
         assert self.evaluation.config.edits is not None

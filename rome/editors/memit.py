@@ -18,7 +18,7 @@ from rome.data.records import Request
 from rome.editors import contexts, values
 from rome.editors.contexts import Contexts
 from rome.editors.values import Value, ValueSettings
-from rome.edits.deltas import Edit, LowRankDelta, applied, total_norm, written
+from rome.edits.deltas import Delta, Edit, LowRankDelta, applied, cheapest, total_norm, written
 from rome.models import EditableModel, memory, prompts
 from rome.models.families import UnsupportedModelError
 from rome.models.hooks import hooked
@@ -134,7 +134,7 @@ class Memit:
         chosen: Sequence[Contexts],
         found: Sequence[Value],
         together: bool,
-    ) -> list[dict[str, LowRankDelta]]:
+    ) -> list[dict[str, Delta]]:
         """Write the values into one model, or each into its own (Algorithm 1).
 
         Layer by layer, Delta = R K^T (lambda C + K K^T)^-1, with the keys K and the residuals R of
@@ -144,23 +144,19 @@ class Memit:
         wide = torch.promote_types(model.dtype, torch.float32)
         target_ED = torch.stack([value.initial_D + value.delta_D for value in found])
         size = len(requests) if together else 1
-        groups: list[dict[str, LowRankDelta]] = [{} for _ in requests[::size]]
+        groups: list[dict[str, Delta]] = [{} for _ in requests[::size]]
         for i, layer in enumerate(settings.layers):
             edits = [Edit(requests[0], groups[e // size]) for e in range(len(requests))]
             keys_EK, current_ED = self._observe(layer, chosen, edits, together)
             residual_ED = (target_ED - current_ED).double() / (len(settings.layers) - i)
-            keys_EK = keys_EK.double()
-            solved_EK = self.solvers[layer].solve(keys_EK) / settings.second_moment_weight
-            keys_GNK, solved_GNK, residual_GND = (
-                x.unflatten(0, (-1, size)) for x in (keys_EK, solved_EK, residual_ED)
+            keys_GNK, residual_GND = (
+                x.unflatten(0, (-1, size)) for x in (keys_EK.double(), residual_ED)
             )
-            # (lambda C + K K^T)^-1 K = U (1 + K^T U)^-1 with U = (lambda C)^-1 K.
-            identity_NN = torch.eye(size, dtype=torch.float64, device=model.device)
-            gram_GNN = identity_NN + keys_GNK @ solved_GNK.mT
-            adjusted_GNK = torch.linalg.solve(gram_GNN, solved_GNK)
+            adjusted_GNK = self.solvers[layer].solve_with(keys_GNK, settings.second_moment_weight)
             for deltas, left_ND, right_NK in zip(groups, residual_GND, adjusted_GNK, strict=True):
-                deltas[model.weight_name(layer)] = LowRankDelta(
-                    left_ND.T.to(wide, copy=True), right_NK.T.to(wide, copy=True)
+                # Ten thousand facts have a rank beyond the weight's own.
+                deltas[model.weight_name(layer)] = cheapest(
+                    LowRankDelta(left_ND.T.to(wide, copy=True), right_NK.T.to(wide, copy=True))
                 )
         return groups
 

@@ -125,6 +125,7 @@ class Trainer:
             )
         self.model, self.network, self.settings = model, network, settings
         self.step = 0
+        self._drawn: tuple[int, Sequence[int]] = -1, ()
         self.examples = examples[settings.validation :]
         held_out = [_chosen(example, None) for example in examples[: settings.validation]]
         # Validated again and again on the same texts: these run through the lower layers once.
@@ -175,13 +176,16 @@ class Trainer:
         settings, chosen = self.settings, []
         for place in range((self.step - 1) * settings.batch, self.step * settings.batch):
             epoch, i = divmod(place, len(self.examples))
-            order = random.Random(f"{settings.seed} {epoch}").sample(
-                range(len(self.examples)), len(self.examples)
-            )
-            chosen.append(
-                _chosen(self.examples[order[i]], random.Random(f"{settings.seed} {epoch} {i}"))
-            )
+            example = self.examples[self._order(epoch)[i]]
+            chosen.append(_chosen(example, random.Random(f"{settings.seed} {epoch} {i}")))
         return chosen
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """The examples' order in an epoch, drawn when it begins."""
+        if self._drawn[0] != epoch:
+            draw = random.Random(f"{self.settings.seed} {epoch}")
+            self._drawn = epoch, draw.sample(range(len(self.examples)), len(self.examples))
+        return self._drawn[1]
 
     def _observe(self, examples: Sequence[Example]) -> _Observed:
         requests = [example.request for example in examples]

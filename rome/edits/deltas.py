@@ -31,6 +31,12 @@ class LowRankDelta:
         return float(gram.sum().clamp(min=0).sqrt())
 
 
+def low_rank_pays(D: int, K: int, rank: int) -> bool:
+    """True if a change of this rank takes less memory, and fewer products a token, as two factors
+    than multiplied out: up to D K / (D + K), which is K / 5 where K is 4 D."""
+    return rank * (D + K) < D * K
+
+
 @dataclass(frozen=True)
 class DenseDelta:
     """W' = W + change for a map x_K -> y_D: [D, K] whatever the layout of the weight.
@@ -78,7 +84,7 @@ def applied(model: EditableModel, edits: Sequence[Edit]) -> Iterator[None]:
         for name in sorted({name for edit in edits for name in edit.deltas}):
             owner, _, kind = name.rpartition(".")
             device = model.hf.get_parameter(name).device
-            deltas = [edit.deltas.get(name) for edit in edits]
+            deltas = _cheapest([edit.deltas.get(name) for edit in edits])
             low_rank = [delta if isinstance(delta, LowRankDelta) else None for delta in deltas]
             dense = [delta if isinstance(delta, DenseDelta) else None for delta in deltas]
             hooks = []
@@ -121,6 +127,19 @@ def dense(delta: Delta) -> Tensor:
     return delta.left_DR.to(dtype) @ delta.right_KR.to(dtype).T
 
 
+def cheapest(delta: Delta) -> Delta:
+    """The change as it takes the least memory and products: multiplied out from a rank on."""
+    if isinstance(delta, DenseDelta) or low_rank_pays(len(delta.left_DR), *delta.right_KR.shape):
+        return delta
+    return DenseDelta(dense(delta))
+
+
+def _cheapest(deltas: Sequence[Delta | None]) -> list[Delta | None]:
+    """The same of the deltas of rows; those that are one stay one."""
+    distinct = {id(delta): cheapest(delta) for delta in deltas if delta is not None}
+    return [None if delta is None else distinct[id(delta)] for delta in deltas]
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -129,33 +148,64 @@ _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 def _low_rank_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
-    # Rows of the same edit share one copy of its factors.
-    unique = {id(delta): delta for delta in deltas}
-    some = next(delta for delta in unique.values() if delta is not None)
-    dtype = _wide(some.left_DR)
-    left_EDR = _stacked([d.left_DR if d else None for d in unique.values()]).to(device, dtype)
-    right_EKR = _stacked([d.right_KR if d else None for d in unique.values()]).to(device, dtype)
-    place = {key: e for e, key in enumerate(unique)}
-    edit_B = torch.tensor([place[id(delta)] for delta in deltas]).to(device)
-    left_BDR, right_BKR = left_EDR[edit_B], right_EKR[edit_B]
+    """Memory is that of the distinct deltas, and of the rows once more."""
+    blocks = [
+        (
+            torch.tensor(rows_EM).to(device),
+            *(_stacked(f).to(device, _wide(f[0])) for f in zip(*factors, strict=True)),
+        )
+        for rows_EM, factors in _blocks(deltas)
+    ]
+    # All rows in their order, as in a decoding: nothing is gathered.
+    whole = len(blocks) == 1 and blocks[0][0].flatten().tolist() == list(range(len(deltas)))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]
         _check_rows(x_BTK, deltas)
-        change_BTD = torch.bmm(torch.bmm(x_BTK.to(dtype), right_BKR), left_BDR.mT)
-        return (y_BTD + change_BTD).to(y_BTD.dtype)
+        edited_BTD = y_BTD if whole else y_BTD.clone()
+        for rows_EM, left_EDR, right_EKR in blocks:
+            rows_B = rows_EM.flatten()
+            x_bTK = x_BTK if whole else x_BTK[rows_B]
+            x_ENK = x_bTK.to(right_EKR.dtype).reshape(len(rows_EM), -1, x_BTK.shape[-1])
+            change_bTD = torch.bmm(torch.bmm(x_ENK, right_EKR), left_EDR.mT).view(
+                len(rows_B), *y_BTD.shape[1:]
+            )
+            if whole:
+                return (y_BTD + change_bTD).to(y_BTD.dtype)
+            edited_BTD[rows_B] = (y_BTD[rows_B] + change_bTD).to(y_BTD.dtype)
+        return edited_BTD
 
     return hook
 
 
-def _stacked(factors: Sequence[Tensor | None]) -> Tensor:
-    """Factors of several ranks as one tensor; the places of None, and what is missing, are zero."""
-    rank = max(factor.shape[1] for factor in factors if factor is not None)
-    nothing = next(factor.new_zeros(len(factor), 0) for factor in factors if factor is not None)
-    filled = [nothing if factor is None else factor for factor in factors]
-    missing = [rank - factor.shape[1] for factor in filled]
+def _blocks(
+    deltas: Sequence[LowRankDelta | None],
+) -> Iterator[tuple[list[list[int]], list[tuple[Tensor, Tensor]]]]:
+    """The rows of distinct deltas, and their factors, in blocks of about as many rows and ranks.
+
+    A delta with fewer rows than others of its block has its last one several times.
+    """
+    rows: dict[int, list[int]] = {}
+    for b, delta in enumerate(deltas):
+        rows.setdefault(id(delta), []).append(b)
+    blocks: dict[tuple[int, int], list[LowRankDelta]] = {}
+    for delta in {id(delta): delta for delta in deltas}.values():
+        if delta is not None:
+            size = len(rows[id(delta)]).bit_length(), delta.left_DR.shape[1].bit_length()
+            blocks.setdefault(size, []).append(delta)
+    for alike in blocks.values():
+        rows_of = [rows[id(delta)] for delta in alike]
+        most = max(map(len, rows_of))
+        padded = [some + some[-1:] * (most - len(some)) for some in rows_of]
+        yield padded, [(delta.left_DR, delta.right_KR) for delta in alike]
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """Factors of several ranks as one tensor; what is missing is zero."""
+    rank = max(factor.shape[1] for factor in factors)
+    missing = [rank - factor.shape[1] for factor in factors]
     return torch.stack(
-        [nn.functional.pad(f, (0, m)) if m else f for f, m in zip(filled, missing, strict=True)]
+        [nn.functional.pad(f, (0, m)) if m else f for f, m in zip(factors, missing, strict=True)]
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 
 from rome.data.records import Request
 from rome.editors import Editor, JointEditor
-from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, dense, written
+from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, cheapest, dense, written
 from rome.models import EditableModel
 
 
@@ -44,6 +44,21 @@ class Grouping:
         return max(self.edits_per_model, self.sequence)
 
 
+_SCORED_TOGETHER = 8
+"""Records of a sequence that are scored after their own edit, each on a model of its own: so many
+changes of all edits so far are held at a time."""
+
+
+def turns(editor: Editor, requests: int) -> Iterator[tuple[Editor, range]]:
+    """The editor of one group, and which of its requests it takes at a time."""
+    at_a_time = requests
+    if isinstance(editor, _InSequence):
+        editor = editor.begun()
+        at_a_time = _SCORED_TOGETHER if editor.scored == "after" else requests
+    for start in range(0, requests, at_a_time):
+        yield editor, range(start, min(start + at_a_time, requests))
+
+
 def grouped(model: EditableModel, editor: Editor, grouping: Grouping) -> Editor:
     """An editor whose `edit` takes the requests of one group.
 
@@ -72,22 +87,32 @@ class _Together:
 
 
 class _InSequence:
+    """One sequence: each call of `edit` goes on where the last one ended.
+
+    It keeps the change of all edits so far, which takes no more memory than the edited weights.
+    """
+
     def __init__(
         self, model: EditableModel, editor: Editor, scored: Literal["after", "end"]
     ) -> None:
-        self._model, self._editor, self._scored = model, editor, scored
+        self._model, self._editor, self.scored = model, editor, scored
+        self._total: Mapping[str, Delta] = {}
+
+    def begun(self) -> _InSequence:
+        """The same from its first edit."""
+        return _InSequence(self._model, self._editor, self.scored)
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         edits: list[Edit] = []
-        totals: list[Mapping[str, Delta]] = [{}]
         for request in requests:
             # One write of all edits before, so that a weight is rounded to its dtype only once.
-            with written(self._model, Edit(request, totals[-1])):
+            with written(self._model, Edit(request, self._total)):
                 (edit,) = self._editor.edit([request])
-            edits.append(edit)
-            totals.append(_added(totals[-1], edit.deltas))
-        shown = totals[1:] if self._scored == "after" else totals[-1:] * len(edits)
-        return [replace(edit, deltas=total) for edit, total in zip(edits, shown, strict=True)]
+            self._total = _added(self._total, edit.deltas)
+            edits.append(replace(edit, deltas=self._total if self.scored == "after" else {}))
+        if self.scored == "after":
+            return edits
+        return [replace(edit, deltas=self._total) for edit in edits]
 
 
 def _added(total: Mapping[str, Delta], more: Mapping[str, Delta]) -> dict[str, Delta]:
@@ -98,7 +123,8 @@ def _added(total: Mapping[str, Delta], more: Mapping[str, Delta]) -> dict[str, D
 
 def _sum(a: Delta, b: Delta) -> Delta:
     if isinstance(a, LowRankDelta) and isinstance(b, LowRankDelta):
-        return LowRankDelta(
-            torch.cat([a.left_DR, b.left_DR], 1), torch.cat([a.right_KR, b.right_KR], 1)
+        left_DR, right_KR = (
+            torch.cat([x, y], 1) for x, y in ((a.left_DR, b.left_DR), (a.right_KR, b.right_KR))
         )
+        return cheapest(LowRankDelta(left_DR, right_KR))
     return DenseDelta(dense(a) + dense(b))
