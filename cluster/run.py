@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.driver import Driver, RunError
 from cluster.here import drive_here
@@ -41,6 +41,9 @@ __all__ = [
 
 FAILURES = (LockedError, RunError, RayError)
 """The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,22 +170,39 @@ def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: in
     return max(grid.rows, min(most, each // grid.rows * grid.rows))
 
 
-def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
-    """Call a function in a worker of these settings and return its answer. Raises RayError.
+def number_of_workers(settings: RunSettings) -> int:
+    """The workers that a run has now: those asked for, or those that fit."""
+    settings = joined(settings)
+    return workers_that_fit(settings) if settings.workers == "auto" else settings.workers
 
-    Without workers it is called here, and raises what it raises.
+
+def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
+    """Call a function in a worker of these settings and return its answer.
+
+    Raises the ValueError or OSError that it raises, and RayError in place of others; without
+    workers it is called here, and raises what it raises.
     """
     if settings.workers == 0:
         return function(*args)
     settings = joined(settings)
-    return ray.get(ray.remote(function).options(**worker_options(settings)).remote(*args))
+    return _answer(ray.remote(function).options(**worker_options(settings)).remote(*args))
+
+
+def _answer(ref: ray.ObjectRef[Any]) -> Any:
+    """What a task answers, or the user's mistake that ended it, without the worker's traceback."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError | OSError):
+            log.warning("a task failed", exc_info=error)
+            raise error.cause from None
+        raise
 
 
 def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Iterator[Any]:
     """Run a generator function in a worker of these settings and yield its values as they come.
 
-    Ends early after SIGINT or SIGTERM. Raises RayError; without workers it runs here, and raises
-    what it raises.
+    Ends early after SIGINT or SIGTERM. Raises as `once` does.
     """
     if settings.workers != 0:
         settings = joined(settings)
@@ -200,7 +220,7 @@ def _values(
         return iter(function(*args))
     # A retry would yield again from its own start, which Ray takes for what it has seen.
     options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
-    return map(ray.get, ray.remote(function).options(**options).remote(*args))
+    return map(_answer, ray.remote(function).options(**options).remote(*args))
 
 
 @contextmanager

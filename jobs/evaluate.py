@@ -108,7 +108,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     weights = _weights(config)  # Refused at once where they are not there.
     facts = once(model_facts, config, weights, settings=config.workers)
     sized = _sized(config, facts["model_bytes"])
-    files = {} if config.edits else second_moment.ensure(sized)
+    files = {} if config.edits else second_moment.ensure(sized, facts["model_fingerprint"])
     manifest = {
         "name": config.name,
         **now,

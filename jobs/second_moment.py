@@ -17,21 +17,22 @@ from urllib.parse import quote
 import typer
 
 from cluster.queue import Grid
-from cluster.run import FAILURES, RunError, run
+from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
 from jobs.inputs import corpus as corpora
+from jobs.inputs.corpus import Corpus
 from jobs.runs import config as configs
-from jobs.runs.config import ModelConfig, RunConfig
-from jobs.tasks.moments import GROUP, Moments, merged
+from jobs.runs.config import CorpusConfig, ModelConfig, RunConfig
+from jobs.tasks.loading import model_fingerprint
+from jobs.tasks.moments import GROUP, Moments, write
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 from rome.second_moment import (
     MomentOrigin,
     SecondMoment,
-    Solver,
     UnsolvableError,
     import_npz,
     load,
@@ -40,14 +41,21 @@ from rome.second_moment import (
 
 # The limit of a record, which workers have by default, does not fit thousands of texts.
 _CHUNK_SECONDS = 3600.0
+# Of a corpus in so many chunks at most, a worker loses this many when it dies.
+_CHUNKS_A_LEASE = 64
+_LEASE = "lease.json"
+# Tokens for each dimension of a key, with `tokens: auto` (Gupta et al. 2025, arXiv 2506.04226).
+_TOKENS_A_KEY = 20
+_NOT_RECORDED = "not recorded"
 
 
-def ensure(config: RunConfig) -> dict[int, str]:
+def ensure(config: RunConfig, fingerprint: str) -> dict[int, str]:
     """The second moment of each layer that the run's editors need: layer -> safetensors file.
 
-    What is not there is computed, in one pass over the corpus for all layers; an interrupted pass
-    goes on where it was. Raises UnsolvableError where the corpus has too few tokens, ValueError
-    where the corpus or a given file cannot be used, RunError and LockedError as `cluster.run.run`.
+    `fingerprint`: of the model's weights. What is not there is computed, in one pass over the
+    corpus for all layers; an interrupted pass goes on where it was. Raises UnsolvableError where
+    the corpus has too few tokens, ValueError where the corpus or a given file cannot be used,
+    RunError and LockedError as `cluster.run.run`.
     """
     editors = [config.editor(name) for name in config.editors]
     layers = sorted(
@@ -56,47 +64,59 @@ def ensure(config: RunConfig) -> dict[int, str]:
     if not layers:
         return {}
     folder = configs.workspace() / "second_moments" / quote(config.model.name, safe="")
+    outline = models.outline(config.model.source, config.model.name)
+    for layer in layers:
+        outline.down_projection(layer)  # Raises before any work where there is no such layer.
     if config.model.second_moment.file is not None:
-        outline = models.outline(config.model.source, config.model.name)
-        return {n: str(_given(config.model, outline, n, folder)) for n in layers}
-    key = _key(config.model)
+        return {n: str(_given(config.model, outline, n, folder, fingerprint)) for n in layers}
+    corpus = _sized(config.model.second_moment, outline, layers[0])
+    key = _key(corpus, fingerprint)
     files = {n: folder / f"layer-{n}-{key}.safetensors" for n in layers}
     if missing := {n: file for n, file in files.items() if not file.exists()}:
-        _compute(config, missing, key)
+        _compute(config, corpus, outline, missing, key, fingerprint)
     return {n: str(file) for n, file in files.items()}
 
 
-def _key(model: ModelConfig) -> str:
+def _sized(corpus: CorpusConfig, model: EditableModel, layer: int) -> CorpusConfig:
+    """With a number of tokens in the place of `auto`."""
+    if corpus.tokens != "auto":
+        return corpus
+    return replace(corpus, tokens=_TOKENS_A_KEY * model.sizes(model.weight_name(layer))[1])
+
+
+def _key(corpus: CorpusConfig, fingerprint: str) -> str:
     """Short hash of what decides a second moment, but for the layer."""
-    decides = {
-        "source": model.source,
-        "dtype": model.dtype,
-        **corpora.identity(model.second_moment),
-    }
+    decides = {"model": fingerprint, **corpora.identity(corpus)}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) -> Path:
-    """The file that the config names, checked; a .npz becomes a safetensors file in `folder`."""
+def _given(
+    config: ModelConfig, model: EditableModel, layer: int, folder: Path, fingerprint: str
+) -> Path:
+    """The file that the config names, checked; what holds no factor is factored into `folder`."""
     path = Path(str(config.second_moment.file).replace("{layer}", str(layer)))
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file; model.second_moment.file must name a second moment of layer "
             f"{layer}, or be null to compute one from model.second_moment.corpus"
         )
-    if path.suffix != ".npz":
+    npz = path.suffix == ".npz"
+    if not npz:
         moment, origin = load(path)
-        _check(path, moment, origin, model, layer)
-        return path
+        _check(path, moment, origin, model, layer, fingerprint)
+        if origin is not None:
+            return path
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     imported = folder / f"layer-{layer}-{digest[:12]}.safetensors"
     if not imported.exists():
-        moment = import_npz(path)
-        _check(path, moment, None, model, layer)
+        if npz:
+            moment = import_npz(path)
+            _check(path, moment, None, model, layer, fingerprint)
+        say(f"note: {path} does not say which weights it is of; those of {config.name} are assumed")
         origin = MomentOrigin(
             model=config.name,
-            model_fingerprint="not recorded",
+            model_fingerprint=_NOT_RECORDED,
             layer=layer,
             weight=model.weight_name(layer),
             corpus=path.name,
@@ -107,7 +127,12 @@ def _given(config: ModelConfig, model: EditableModel, layer: int, folder: Path) 
 
 
 def _check(
-    path: Path, moment: SecondMoment, origin: MomentOrigin | None, model: EditableModel, layer: int
+    path: Path,
+    moment: SecondMoment,
+    origin: MomentOrigin | None,
+    model: EditableModel,
+    layer: int,
+    fingerprint: str,
 ) -> None:
     expected, size = model.sizes(model.weight_name(layer))[1], len(moment.sum_KK)
     if size != expected:
@@ -122,20 +147,30 @@ def _check(
             f"{path} must be of {model.weight_name(layer)}, but is of {origin.weight}; write "
             "{layer} where its name has the layer"
         )
+    known = origin.model_fingerprint if origin else _NOT_RECORDED
+    if known not in (fingerprint, _NOT_RECORDED):
+        raise ValueError(
+            f"{path} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
+            f"is of others ({known[:16]}): compute it for them, or give the file that is theirs"
+        )
 
 
-def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
+def _compute(
+    config: RunConfig,
+    chosen: CorpusConfig,
+    outline: EditableModel,
+    files: dict[int, Path],
+    key: str,
+    fingerprint: str,
+) -> None:
     """Compute the second moments of some layers and write their files."""
-    layers = tuple(files)
-    outline = models.outline(config.model.source, config.model.name)
-    for layer in layers:
-        outline.down_projection(layer)  # Raises before any work where there is no such layer.
+    layers, name = tuple(files), config.model.name
     folder = next(iter(files.values())).parent
     parts = Store(folder / f"unfinished-{'-'.join(map(str, layers))}-{key}")
-    corpus = corpora.prepare(config.model.second_moment, outline, parts)
-    grid = Grid((tuple(range(corpus.chunks)),), rows=1)
+    corpus = corpora.prepare(chosen, outline, parts)
+    grid = Grid((tuple(range(corpus.chunks)),), _lease_chunks(config.workers, corpus, parts))
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
-    say(f"second moment of {config.model.name}, layers {list(layers)}: {corpus.chunks} chunks")
+    say(f"second moment of {name}, layers {list(layers)}: {corpus.chunks} chunks")
     outcome = run(parts, [GROUP], grid, Moments(config.model, layers, corpus, grid), settings)
     if outcome.stopped:
         raise RunError(f"stopped: {outcome.done} of {outcome.total} chunks; run it again to go on")
@@ -145,38 +180,43 @@ def _compute(config: RunConfig, files: dict[int, Path], key: str) -> None:
             f"{len(outcome.dead)} of {outcome.total} chunks of the corpus failed, the first is "
             f"{chunk}: {error}. The same command tries them again."
         )
-    try:
-        for layer, file in files.items():
-            moment, model_fingerprint = merged(parts, grid, layer)
-            condition = _condition_number(moment, config.model, layer)
-            origin = MomentOrigin(
-                model=config.model.name,
-                model_fingerprint=model_fingerprint,
-                layer=layer,
-                weight=outline.weight_name(layer),
-                corpus=config.model.second_moment.corpus,
-                corpus_fingerprint=corpus.fingerprint,
-            )
-            save(file, moment, origin)
-            say(
-                f"layer {layer}: {moment.count:,} tokens, condition number {condition:.3g}, "
-                f"{outcome.seconds:.0f} s: {file}"
-            )
-    except UnsolvableError:
-        shutil.rmtree(parts.uri)  # More tokens are another corpus; nothing here would be used.
-        raise
+    for layer, file in files.items():
+        origin = MomentOrigin(
+            model=name,
+            model_fingerprint=fingerprint,
+            layer=layer,
+            weight=outline.weight_name(layer),
+            corpus=chosen.corpus,
+            corpus_fingerprint=corpus.fingerprint,
+        )
+        device = config.model.device
+        try:
+            found = once(write, parts, grid, layer, origin, file, device, settings=settings)
+        except UnsolvableError as error:
+            shutil.rmtree(parts.uri)  # More tokens are another corpus; nothing would be used.
+            raise UnsolvableError(
+                f"layer {layer} of {name}, corpus {chosen.corpus}, "
+                f"model.second_moment.tokens={chosen.tokens}: {error}"
+            ) from None
+        say(
+            f"layer {layer}: {found['tokens']:,} tokens, condition number "
+            f"{found['condition_number']:.3g}, half the tokens give a C that is "
+            f"{100 * found['half']:.2g} % from it, {outcome.seconds:.0f} s: {file}"
+        )
     shutil.rmtree(parts.uri)
 
 
-def _condition_number(moment: SecondMoment, config: ModelConfig, layer: int) -> float:
-    try:
-        return Solver(moment).condition_number
-    except UnsolvableError as error:
-        corpus = config.second_moment
-        raise UnsolvableError(
-            f"layer {layer} of {config.name}, corpus {corpus.corpus}, "
-            f"model.second_moment.tokens={corpus.tokens}: {error}"
-        ) from error
+def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:
+    """Chunks of a lease: one or a few leases for each worker, since each writes a matrix a layer.
+
+    Decided when a pass begins, since a chunk may be in one sum only.
+    """
+    if not parts.exists(_LEASE):
+        workers = 1 if settings.workers == 0 else number_of_workers(settings)
+        leases = max(workers, min(4 * workers, -(-corpus.chunks // _CHUNKS_A_LEASE)))
+        chunks = max(1, corpus.chunks // leases)
+        parts.write_bytes(_LEASE, json.dumps({"chunks": chunks}).encode())
+    return int(json.loads(parts.read_bytes(_LEASE))["chunks"])
 
 
 app = cli.new_app()
@@ -189,7 +229,9 @@ def main(
 ) -> None:
     """Compute the second moments that a run needs; what is there already is not done again."""
     with cli.errors(*FAILURES):
-        files = ensure(configs.load(config, overrides or []))
+        run_config = configs.load(config, overrides or [])
+        fingerprint = once(model_fingerprint, run_config.model, settings=run_config.workers)
+        files = ensure(run_config, fingerprint)
     for layer, file in files.items():
         print(f"{layer}\t{file}")
     if not files:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,9 +42,27 @@ class MomentOrigin:
     corpus_fingerprint: str
 
 
+_PRODUCT_TOKENS = 1024
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """A GPU does not round what it multiplies, whatever a run lets it do elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass
 class SecondMoment:
-    """The sum of k k^T over tokens, in float64, and the number of tokens."""
+    """The sum of k k^T over tokens, in float64, and the number of tokens.
+
+    Products are those of the keys' own precision, float32 at least, over so few tokens at a time
+    that the float64 sum of all is within 1e-6 of one whose products are float64 as well.
+    """
 
     sum_KK: Tensor
     count: int = 0
@@ -54,13 +73,15 @@ class SecondMoment:
 
     def add(self, keys_TK: Tensor) -> None:
         """Add one row per token. Raises ValueError where a key is not finite."""
-        keys_TK = keys_TK.to(self.sum_KK)
         if not keys_TK.isfinite().all():
             raise ValueError(
                 "a key is not finite, and one such token would spoil the whole second moment; "
                 "run the model in float32, or leave out the text that causes it"
             )
-        self.sum_KK.addmm_(keys_TK.T, keys_TK)
+        wide = torch.promote_types(keys_TK.dtype, torch.float32)
+        with _whole_products():
+            for some_TK in keys_TK.to(self.sum_KK.device, wide).split(_PRODUCT_TOKENS):
+                self.sum_KK += some_TK.T @ some_TK
         self.count += len(keys_TK)
 
     def mean(self) -> Tensor:
@@ -80,15 +101,19 @@ _BATCH_TOKENS = 8192
 
 @torch.no_grad()
 def accumulate(
-    model: EditableModel, layers: Sequence[int], texts: Sequence[Sequence[int]]
+    model: EditableModel,
+    layers: Sequence[int],
+    texts: Sequence[Sequence[int]],
+    sums: Mapping[int, SecondMoment] = MappingProxyType({}),
 ) -> dict[int, SecondMoment]:
-    """The second moment of each layer over every token of the texts, which are token ids.
+    """The second moment of each layer over every token of the texts, which are token ids; added to
+    `sums`, if they are given, in place.
 
     One forward pass for all layers, as far as the last of them. Raises ValueError where a key is
     not finite, or the model has no such layer.
     """
     weights = {layer: model.weight_name(layer) for layer in layers}
-    moments = {
+    moments = dict(sums) or {
         layer: SecondMoment.zeros(model.sizes(name)[1], model.hf.get_parameter(name).device)
         for layer, name in weights.items()
     }
@@ -106,7 +131,7 @@ def accumulate(
         model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=base)
         real_BT = batch.mask_BT.bool()
         # All that may not fit into memory comes before the first sum changes.
-        keys = {n: seen[n][real_BT.to(seen[n].device)].to(moments[n].sum_KK) for n in layers}
+        keys = {n: seen[n][real_BT.to(seen[n].device)] for n in layers}
         for layer, keys_TK in keys.items():
             moments[layer].add(keys_TK)
         return [None] * len(rows)
@@ -121,9 +146,8 @@ def accumulate(
 def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
     """The second moment of all tokens of the parts.
 
-    Sums round, so that their order matters in the last bit: give parts of a fixed division of the
-    corpus in the corpus's order, and the result has the same bits whoever computed which part, if
-    all did it on the same kind of processor with as many threads. Raises ValueError without parts.
+    Sums round: another division of the same tokens agrees within 1e-12. Raises ValueError without
+    parts.
     """
     total: SecondMoment | None = None
     for part in parts:
@@ -137,16 +161,21 @@ def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
     return total
 
 
-def save(path: str | os.PathLike[str], moment: SecondMoment, origin: MomentOrigin) -> None:
-    """Write a second moment as safetensors, whole or not at all."""
+def save(path: str | os.PathLike[str], moment: SecondMoment, origin: MomentOrigin) -> Solver:
+    """Write a second moment as the factor of C (safetensors), whole or not at all.
+
+    Raises UnsolvableError as `Solver` does.
+    """
+    solver = Solver(moment)
+    factor_KK = solver.factor_KK.cpu().contiguous()
     metadata = {
         "origin": json.dumps(asdict(origin)),
-        "tokens": str(moment.count),
-        "fingerprint": moment.fingerprint(),
+        "fingerprint": SecondMoment(factor_KK, moment.count).fingerprint(),
     }
-    tensors = {"sum": moment.sum_KK.cpu().contiguous(), "count": torch.tensor(moment.count)}
+    tensors = {"factor": factor_KK, "count": torch.tensor(moment.count)}
     with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+    return solver
 
 
 def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | None]:
@@ -155,30 +184,42 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | Non
     Also reads files of the tensors `second_moment` (the mean) and `count`, which say nothing of
     their origin. Raises ValueError where the file holds neither, or is damaged.
     """
+    tensors, metadata = _read(path)
+    if {"second_moment", "count"} <= tensors.keys():
+        count = int(tensors["count"])
+        return _checked(SecondMoment(tensors["second_moment"].double() * count, count), path), None
+    if not {"factor", "count"} <= tensors.keys() or "fingerprint" not in metadata:
+        raise ValueError(
+            f"{os.fspath(path)} is not a second moment: it holds {sorted(tensors)}, expected "
+            "'factor' and 'count' with their origin. Write it with rome.second_moment.save."
+        )
+    factor = _checked(SecondMoment(tensors["factor"], int(tensors["count"])), path)
+    if factor.fingerprint() != metadata["fingerprint"]:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: its numbers have the fingerprint "
+            f"{factor.fingerprint()}, it says {metadata['fingerprint']}. "
+            "Delete it and compute it again."
+        )
+    sum_KK = factor.count * (factor.sum_KK @ factor.sum_KK.T)
+    return SecondMoment(sum_KK, factor.count), MomentOrigin(**json.loads(metadata["origin"]))
+
+
+def load_solver(path: str | os.PathLike[str]) -> Solver:
+    """The solver of a file that `save` wrote, whose hash the caller has checked.
+
+    The factor is mapped from the file: processes of a node share its memory.
+    """
+    return Solver.of_factor(_read(path)[0]["factor"])
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata: dict[str, str] = file.metadata() or {}
+            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{os.fspath(path)} is damaged ({error}). Delete it and compute it again."
         ) from error
-    if {"second_moment", "count"} <= tensors.keys():
-        count = int(tensors["count"])
-        return _checked(SecondMoment(tensors["second_moment"].double() * count, count), path), None
-    if not {"sum", "count"} <= tensors.keys() or "fingerprint" not in metadata:
-        raise ValueError(
-            f"{os.fspath(path)} is not a second moment: it holds {sorted(tensors)}, expected 'sum' "
-            "and 'count' with their origin. Write it with rome.second_moment.save."
-        )
-    moment = _checked(SecondMoment(tensors["sum"], int(tensors["count"])), path)
-    if moment.fingerprint() != metadata["fingerprint"]:
-        raise ValueError(
-            f"{os.fspath(path)} is damaged: its numbers have the fingerprint "
-            f"{moment.fingerprint()}, it says {metadata['fingerprint']}. "
-            "Delete it and compute it again."
-        )
-    return moment, MomentOrigin(**json.loads(metadata["origin"]))
 
 
 def import_npz(path: str | os.PathLike[str]) -> SecondMoment:
@@ -217,19 +258,27 @@ class Solver:
     """
 
     def __init__(self, moment: SecondMoment) -> None:
-        self._mean_KK = moment.mean()
-        self._factor_KK, failed = torch.linalg.cholesky_ex(self._mean_KK)
+        factor_KK, failed = torch.linalg.cholesky_ex(moment.mean())
         # Rounding may let a singular C through: its factor then ends in noise.
-        pivots_K = self._factor_KK.diagonal().square()
+        pivots_K = factor_KK.diagonal().square()
         noise = len(pivots_K) * torch.finfo(torch.float64).eps
         singular = bool(failed) or bool(pivots_K.min() <= noise * pivots_K.max())
         if moment.count < len(pivots_K) or singular:
             raise UnsolvableError(_what_is_lacking(moment))
+        self.factor_KK = factor_KK
+        """C = L L^T with this L, lower triangular."""
+
+    @classmethod
+    def of_factor(cls, factor_KK: Tensor) -> Solver:
+        """A solver from the factor of another."""
+        solver = cls.__new__(cls)
+        solver.factor_KK = factor_KK
+        return solver
 
     def solve(self, keys_EK: Tensor) -> Tensor:
         """C^-1 k of each row [E, K], float64, on the device of the keys."""
-        right_KE = keys_EK.to(self._factor_KK).T
-        return torch.cholesky_solve(right_KE, self._factor_KK).T.to(keys_EK.device)
+        right_KE = keys_EK.to(self.factor_KK).T
+        return torch.cholesky_solve(right_KE, self.factor_KK).T.to(keys_EK.device)
 
     def solve_with(self, keys_GNK: Tensor, weight: float) -> Tensor:
         """(weight C + sum of k k^T)^-1 k of each row [G, N, K], each sum over the N rows of a group
@@ -243,15 +292,25 @@ class Solver:
             solved_GNK = self.solve(keys_GNK.flatten(0, 1)).view(G, N, K) / weight
             identity_NN = torch.eye(N, dtype=torch.float64, device=keys_GNK.device)
             return torch.linalg.solve(identity_NN + keys_GNK @ solved_GNK.mT, solved_GNK)
-        keys = keys_GNK.to(self._factor_KK)
-        sum_GKK = weight * (self._factor_KK @ self._factor_KK.T) + keys.mT @ keys
+        keys = keys_GNK.to(self.factor_KK)
+        sum_GKK = weight * (self.factor_KK @ self.factor_KK.T) + keys.mT @ keys
         return torch.cholesky_solve(keys.mT, torch.linalg.cholesky(sum_GKK)).mT.to(keys_GNK.device)
 
-    @cached_property
-    def condition_number(self) -> float:
-        """Largest over smallest eigenvalue of C. Costs far more than the factor."""
-        eigenvalues_K = torch.linalg.eigvalsh(self._mean_KK)
-        return float(eigenvalues_K[-1] / eigenvalues_K[0])
+    def condition_number(self, steps: int = 30) -> float:
+        """Largest over smallest eigenvalue of C, estimated from below by steps of power iteration
+        with C and with its inverse, each on a few vectors: the cost of some solves."""
+        generator = torch.Generator().manual_seed(0)
+        begin_KB = torch.randn(len(self.factor_KK), 8, generator=generator, dtype=torch.float64)
+
+        def largest(of: Callable[[Tensor], Tensor]) -> float:
+            basis_KB = begin_KB.to(self.factor_KK)
+            for _ in range(steps):
+                basis_KB = torch.linalg.qr(of(basis_KB)).Q
+            return float(torch.linalg.eigvalsh(basis_KB.T @ of(basis_KB))[-1])
+
+        return largest(lambda x: self.factor_KK @ (self.factor_KK.T @ x)) * largest(
+            lambda x: torch.cholesky_solve(x, self.factor_KK)
+        )
 
 
 def _what_is_lacking(moment: SecondMoment) -> str:

@@ -13,8 +13,9 @@ _T = TypeVar("_T")
 def configurable(*, kw_only: bool = False, **least: float) -> Callable[[type[_T]], type[_T]]:
     """Make a class a frozen dataclass that a config can fill.
 
-    `least`: fields and the smallest number that each may be; None is let through. Making one
-    with a smaller number raises ValueError. A key of a config that is no field is an error, too.
+    `least`: fields and the smallest number that each may be; what is no number is let through.
+    Making one with a smaller number raises ValueError. A key of a config that is no field is an
+    error, too.
     """
 
     def decorated(cls: type[_T]) -> type[_T]:
@@ -26,7 +27,7 @@ def configurable(*, kw_only: bool = False, **least: float) -> Callable[[type[_T]
                 check(self)
             for name, limit in least.items():
                 value = getattr(self, name)
-                if value is not None and not value >= limit:  # A NaN is not, either.
+                if isinstance(value, int | float) and not value >= limit:  # A NaN is not, either.
                     raise ValueError(f"{name} must be at least {limit:g}, got {value}")
 
         made.__post_init__ = post_init

@@ -76,7 +76,7 @@ def test_pieces_are_attended_to_as_one(sizes: tuple[int, int, int, int, int, int
 
 KERNEL = """
 import torch
-from test_attention import SIZES, by_matmuls, made, outcome
+from tests.test_attention import SIZES, by_matmuls, made, outcome
 from tests.support.tiny import close
 from rome.models import short_attention
 

@@ -16,6 +16,7 @@ from rome.second_moment import (
     UnsolvableError,
     import_npz,
     load,
+    load_solver,
     merge,
     save,
 )
@@ -34,7 +35,7 @@ ORIGIN = MomentOrigin(
 
 def random_keys(tokens: int, key_size: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(tokens, key_size, generator=generator) + 0.5
+    return torch.randn(tokens, key_size, generator=generator).double() + 0.5
 
 
 def moment_of(*batches: Tensor) -> SecondMoment:
@@ -85,7 +86,10 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     save(path, moment, ORIGIN)
     loaded, origin = load(path)
     assert origin == ORIGIN
-    assert loaded.fingerprint() == moment.fingerprint()
+    assert loaded.count == moment.count
+    torch.testing.assert_close(loaded.sum_KK, moment.sum_KK, rtol=1e-13, atol=1e-13)
+    mapped = load_solver(path)
+    assert torch.equal(mapped.solve(random_keys(3)), Solver(moment).solve(random_keys(3)))
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
 
 
@@ -146,7 +150,7 @@ def test_solve_inverts() -> None:
     assert solved_EK.shape == keys_EK.shape
     torch.testing.assert_close(solved_EK @ moment.mean(), keys_EK.double(), rtol=1e-10, atol=1e-10)
     expected = np.linalg.cond(moment.mean().numpy())
-    assert solver.condition_number == pytest.approx(expected, rel=1e-9)
+    assert solver.condition_number() == pytest.approx(expected, rel=1e-3)
 
 
 def test_too_few_tokens_say_how_many_more() -> None:
@@ -198,3 +202,14 @@ def test_keys_are_solved_with_their_own_sum(rows: int) -> None:
     for keys_NK, found_NK in zip(keys_GNK, found_GNK, strict=True):
         sum_KK = 3.0 * moment.mean() + keys_NK.T @ keys_NK
         assert torch.allclose(found_NK, keys_NK @ sum_KK.inverse(), rtol=1e-9, atol=1e-12)
+
+
+def test_products_in_float32_are_as_good_as_in_float64() -> None:
+    """Keys of a network are mostly positive or mostly zero, so that nothing cancels."""
+    keys_TK = torch.randn(50_000, 24, generator=torch.Generator().manual_seed(0)).relu() ** 2
+    moment, exact = SecondMoment.zeros(24), SecondMoment.zeros(24)
+    for some_TK in keys_TK.split(8192):
+        moment.add(some_TK)
+        exact.add(some_TK.double())
+    error = (moment.sum_KK - exact.sum_KK).norm() / exact.sum_KK.norm()
+    assert 0 < error < 2e-7

@@ -1,5 +1,6 @@
 """jobs.second_moment: a run's second moments, on real Ray with a small random model."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from cluster.queue import Lease
+from cluster.run import once
 from cluster.store import Store
 from jobs import second_moment
 from jobs.inputs import corpus as corpora
@@ -74,12 +77,16 @@ def config_of(folder: Path, workers: int = 2, **settings: Any) -> RunConfig:
     return configs.load(path)
 
 
+def ensure(config: RunConfig) -> dict[int, str]:
+    return second_moment.ensure(config, tiny.model("gpt2", "float32").fingerprint())
+
+
 @pytest.fixture(scope="module")
 def computed(folder: Path, ray_address: str) -> dict[int, Path]:
     """Files that two workers computed over all passages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROME_WORKSPACE", str(folder / "workspace"))
-        return {n: Path(file) for n, file in second_moment.ensure(config_of(folder)).items()}
+        return {n: Path(file) for n, file in ensure(config_of(folder)).items()}
 
 
 @pytest.fixture
@@ -133,33 +140,69 @@ def test_equals_a_plain_loop(folder: Path, computed: dict[int, Path]) -> None:
         assert origin.corpus == str(folder / "passages.txt")
 
 
-def test_one_worker_that_was_interrupted_gives_the_same_bits(
+def test_one_worker_that_was_interrupted_gives_the_same_sum(
     folder: Path, computed: dict[int, Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    """Within 1e-12, and what it had written is not done again."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(second_moment, "_CHUNKS_A_LEASE", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(second_moment, "merged", interrupt)
+        patch.setattr(second_moment, "once", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            second_moment.ensure(config_of(folder, workers=1))
+            ensure(config_of(folder, workers=1))
     first, *kept = sorted(workspace.rglob("part-*.parquet"))
     assert len(kept) > 2
     first.unlink()
     written = [part.stat().st_mtime_ns for part in kept]
 
     seen = []
-    merged = moments.merged
 
-    def look(*args: Any) -> Any:
+    def look(*args: Any, **settings: Any) -> Any:
         seen.append([part.stat().st_mtime_ns for part in kept])
-        return merged(*args)
+        return once(*args, **settings)
 
-    monkeypatch.setattr(second_moment, "merged", look)
-    files = second_moment.ensure(config_of(folder, workers=1))
+    monkeypatch.setattr(second_moment, "once", look)
+    files = ensure(config_of(folder, workers=2))
     assert seen == [written] * len(LAYERS)
     for layer, file in files.items():
-        assert load(file)[0].fingerprint() == load(computed[layer])[0].fingerprint()
+        (one, _), (other, _) = load(file), load(computed[layer])
+        assert one.count == other.count
+        assert torch.allclose(
+            one.sum_KK, other.sum_KK, rtol=1e-12, atol=1e-12 * float(one.sum_KK.max())
+        )
+
+
+def test_bytes_follow_the_workers_and_not_the_tokens(
+    folder: Path, computed: dict[int, Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = []
+    for size in (600, 100):
+        monkeypatch.setattr("jobs.inputs.corpus._CHUNK_TOKENS", size)
+        monkeypatch.setattr(second_moment, "once", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ensure(config_of(folder, workers=2))
+        parts = sorted(workspace.rglob("part-*.parquet"))
+        assert 2 <= len(parts) <= 3
+        rows = [pq.read_table(part, columns=["count", "sum_1"]) for part in parts]
+        assert all(table["sum_1"].null_count == table.num_rows - 1 for table in rows)
+        chunks.append(sum(table.num_rows for table in rows))
+        shutil.rmtree(workspace / "second_moments")
+    assert chunks[1] > 3 * chunks[0]
+
+
+def test_a_chunk_in_two_parts_counts_once(tmp_path: Path) -> None:
+    """As after a worker that was taken for dead has written its lease at last."""
+    parts = Store(tmp_path)
+    for start, stop in ((0, 3), (1, 2), (3, 4), (4, 6), (5, 6)):
+        table = pa.table({"case_id": list(range(start, stop))})
+        parts.write_table(Lease(moments.GROUP, 0, start, stop).part, table)
+    found = [Path(name).stem[-13:] for name in moments._covering(parts, 6)]
+    assert sorted(found) == ["000000-000003", "000003-000004", "000004-000006"]
+    with pytest.raises(RuntimeError, match=r"lacks chunks \[6\]"):
+        moments._covering(parts, 7)
 
 
 def test_the_second_call_does_nothing(
@@ -171,16 +214,16 @@ def test_the_second_call_does_nothing(
     monkeypatch.setenv("ROME_WORKSPACE", str(folder / "workspace"))
     monkeypatch.setattr(second_moment, "run", None)  # Would raise if it were called.
     config = config_of(folder)
-    assert second_moment.ensure(config) == {n: str(file) for n, file in computed.items()}
+    assert ensure(config) == {n: str(file) for n, file in computed.items()}
     assert {path: path.stat().st_mtime_ns for path in there.iterdir()} == written
     only = {"rome": {"layer": 2}}
-    assert second_moment.ensure(replace(config, editors=only)) == {2: str(computed[2])}
-    assert second_moment.ensure(replace(config, editors={"none": {}})) == {}
+    assert ensure(replace(config, editors=only)) == {2: str(computed[2])}
+    assert ensure(replace(config, editors={"none": {}})) == {}
 
 
 def test_self_is_text_of_the_model(folder: Path, ray_address: str, workspace: Path) -> None:
     config = replace(config_of(folder, corpus="self", tokens=950), editors={"rome": {}})
-    moment, origin = load(second_moment.ensure(config)[1])
+    moment, origin = load(ensure(config)[1])
     assert moment.count == 1000
     assert origin is not None
     assert origin.corpus == "self"
@@ -199,13 +242,13 @@ def test_too_few_tokens_say_how_many_more_and_leave_nothing(
     config = config_of(folder, tokens=20, passage_tokens=10)
     message = r"model\.second_moment\.tokens=20: .* of 40 .* at least \d+ more tokens"
     with pytest.raises(UnsolvableError, match=message):
-        second_moment.ensure(config)
+        ensure(config)
     assert not [path for path in workspace.rglob("*") if path.is_file()]
 
 
 def test_what_decides_the_result_decides_the_name(folder: Path) -> None:
-    def key(**settings: Any) -> str:
-        return second_moment._key(config_of(folder, **settings).model)
+    def key(weights: str = "f00", **settings: Any) -> str:
+        return second_moment._key(config_of(folder, **settings).model.second_moment, weights)
 
     copy = folder / "copy.txt"
     copy.write_text((folder / "passages.txt").read_text("utf-8"), "utf-8")
@@ -218,8 +261,9 @@ def test_what_decides_the_result_decides_the_name(folder: Path) -> None:
         key(corpus="self"),
         key(corpus="self", tokens=20),
         key(corpus="name:config"),
+        key(weights="others saved to the same folder"),
     ]
-    assert len({key(), *others}) == 7
+    assert len({key(), *others}) == 8
 
 
 def prepared(store: Path, **settings: Any) -> Passages:
@@ -279,7 +323,7 @@ def test_npz_of_the_authors(folder: Path, computed: dict[int, Path], workspace: 
         entries = {"mom2.count": moment.count, "mom2.mom2": moment.sum_KK.float().numpy()}
         np.savez(workspace / f"h.{layer}.npz", **entries)  # type: ignore[arg-type]
     config = config_of(folder, file=str(workspace / "h.{layer}.npz"))
-    files = second_moment.ensure(config)
+    files = ensure(config)
     for layer, name in files.items():
         imported, origin = load(name)
         moment, _ = load(computed[layer])
@@ -287,27 +331,27 @@ def test_npz_of_the_authors(folder: Path, computed: dict[int, Path], workspace: 
         torch.testing.assert_close(imported.sum_KK, moment.sum_KK, rtol=1e-6, atol=1e-4)
         assert origin is not None
         assert (origin.corpus, origin.layer) == (f"h.{layer}.npz", layer)
-    assert second_moment.ensure(config) == files
+    assert ensure(config) == files
 
     np.savez(workspace / "h.1.npz", **{"mom2.count": 9, "mom2.mom2": np.eye(7)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be over the 40 key dimensions .* got 7"):
-        second_moment.ensure(config)
+        ensure(config)
     (workspace / "h.1.npz").unlink()
     with pytest.raises(ValueError, match=r"h\.1\.npz: no such file"):
-        second_moment.ensure(config)
+        ensure(config)
 
 
 def test_a_given_safetensors_file_is_used_as_it_is(folder: Path, computed: dict[int, Path]) -> None:
     one = replace(config_of(folder, file=str(computed[1])), editors={"rome": {}})
-    assert second_moment.ensure(one) == {1: str(computed[1])}
+    assert ensure(one) == {1: str(computed[1])}
     with pytest.raises(ValueError, match=r"must be of transformer\.h\.2\..* is of .*h\.1\."):
-        second_moment.ensure(config_of(folder, file=str(computed[1])))
+        ensure(config_of(folder, file=str(computed[1])))
 
 
 def test_a_layer_that_the_model_has_not(folder: Path, workspace: Path) -> None:
     config = replace(config_of(folder), editors={"rome": {"layer": 7}})
     with pytest.raises(ValueError, match="layer must be from 0 to 2, got 7"):
-        second_moment.ensure(config)
+        ensure(config)
 
 
 @pytest.mark.parametrize(
@@ -331,4 +375,4 @@ def test_a_corpus_that_cannot_be_used(
     Path("empty.txt").write_text("\n \n", encoding="utf-8")
     pq.write_table(pa.table({"body": ["text"]}), "other.parquet")
     with pytest.raises(ValueError, match=message):
-        second_moment.ensure(config_of(folder, **settings))
+        ensure(config_of(folder, **settings))

@@ -26,10 +26,8 @@ from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
 SELF = "self"
-# A chunk leaves a part with half a matrix in float64: 9 MB at 1,536 keys (SmolLM2), 164 MB at 6,400
-# (GPT-2 XL), 1.1 GB at 16,384 (GPT-J). So there are at most so many, which still keep a dozen
-# workers busy, and a chunk is worth its matrix.
-_MOST_CHUNKS = 32
+# So many that the workers of a cluster have some each, and a lease can be of any share.
+_MOST_CHUNKS = 256
 _CHUNK_TOKENS = 4096
 # Top-k 5, as context templates have it, repeats itself: the wider the choice, the better the keys
 # span their space (condition numbers of SmolLM2's layer 6 over 15,000 tokens: 1220 at 5, 470 at
@@ -108,6 +106,7 @@ def prepare(config: CorpusConfig, model: EditableModel, store: Store) -> Corpus:
 
     `model` may be an outline. Raises ValueError where the corpus cannot be read or has no text.
     """
+    assert config.tokens != "auto"
     in_chunk = max(_CHUNK_TOKENS, -(-config.tokens // _MOST_CHUNKS))
     if config.corpus == SELF:
         length = _SAMPLING.max_tokens - 1

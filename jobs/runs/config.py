@@ -35,8 +35,9 @@ class CorpusConfig:
     corpus: str = "self"
     """`self` (text sampled from the model), a .txt file with a passage a line, a Parquet file with
     a column `text`, or a `datasets` id (`NAME:CONFIG:SPLIT:COLUMN`, the last three optional)."""
-    tokens: int = 100_000
-    """Tokens at least, unless the corpus ends before."""
+    tokens: int | Literal["auto"] = 100_000
+    """Tokens at least, unless the corpus ends before. `auto`: twenty for each dimension of a key,
+    which suffices (arXiv 2506.04226); the paper has some forty million."""
     passage_tokens: int = 512
     """Longer passages are cut."""
     file: str | None = None

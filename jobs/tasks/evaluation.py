@@ -180,8 +180,7 @@ class EvaluationTask:
 
     def _solver(self, layer: int) -> Solver:
         known = self.evaluation.second_moments[layer]
-        moment, _ = second_moment.load(unchanged(known, "second moment"))
-        return Solver(moment)
+        return second_moment.load_solver(unchanged(known, "second moment"))
 
     def _weights(self, name: str) -> Path:
         return Path(unchanged(self.evaluation.weights[name], "trained network"))

@@ -20,14 +20,26 @@ def load_model(config: ModelConfig) -> EditableModel:
 
     Raises ValueError where it was given GPUs that torch does not see: it would be slow, silently.
     """
-    device, given = config.device, os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device == "auto" and (gpus := torch.cuda.device_count()) < 2:
-        if given and not given.startswith("-") and not gpus:
-            raise ValueError(
-                f"torch {torch.__version__} must see the GPUs that this worker has "
-                f"(CUDA_VISIBLE_DEVICES={given}), and sees none: install torch for CUDA, or take "
-                "the CPUs with --set workers.num_gpus=0 (CUDA_VISIBLE_DEVICES=-1 without Ray)"
-            )
-        device = "cuda" if gpus else "cpu"
+    device: str = config.device
+    if device == "auto" and torch.cuda.device_count() < 2:
+        device = one_device(device)
     models.use_precision(config.dtype)  # This process computes with this model only.
     return models.load(config.source, config.dtype, device, config.name)
+
+
+def one_device(device: str) -> str:
+    """The GPU of this process in the place of `auto`, or the CPU. Raises as `load_model`."""
+    gpus, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device != "auto":
+        return device
+    if given and not given.startswith("-") and not gpus:
+        raise ValueError(
+            f"torch {torch.__version__} must see the GPUs that this worker has "
+            f"(CUDA_VISIBLE_DEVICES={given}), and sees none: install torch for CUDA, or take "
+            "the CPUs with --set workers.num_gpus=0 (CUDA_VISIBLE_DEVICES=-1 without Ray)"
+        )
+    return "cuda" if gpus else "cpu"
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    return load_model(config).fingerprint()

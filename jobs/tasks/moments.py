@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor
 
 from cluster.queue import Grid, Lease
-from cluster.run import RunError
 from cluster.store import Store
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig
-from jobs.tasks.loading import load_model
-from rome.second_moment import SecondMoment, accumulate, merge
+from jobs.tasks.loading import load_model, one_device
+from rome.second_moment import MomentOrigin, SecondMoment, accumulate, merge, save
 
 GROUP = "parts"
 
@@ -55,17 +55,27 @@ class MomentTask:
         """Nothing here writes to a weight."""
 
     def run(self, lease: Lease) -> pa.Table:
-        (chunk,) = self.moments.grid.ids(lease)
-        texts = self.moments.corpus.texts(self.model, chunk)
-        moments = accumulate(self.model, self.moments.layers, texts)
+        """A row for each chunk; the first has the sums over all of them."""
+        moments, chunks = self.moments, self.moments.grid.ids(lease)
+        sums: dict[int, SecondMoment] = {}
+        for chunk in chunks:
+            sums = accumulate(
+                self.model, moments.layers, moments.corpus.texts(self.model, chunk), sums
+            )
+        count = next(iter(sums.values())).count
         columns = {
-            "case_id": pa.array([chunk]),
-            "count": pa.array([next(iter(moments.values())).count]),
-            "model_fingerprint": pa.array([self.fingerprint]),
+            "case_id": pa.array(chunks),
+            "count": pa.array(_first(count, chunks)),
+            "model_fingerprint": pa.array([self.fingerprint] * len(chunks)),
         }
-        for layer, moment in moments.items():
-            columns[_column(layer)] = pa.array([_packed(moment.sum_KK)], pa.large_binary())
+        for layer, moment in sums.items():
+            packed = _first(_packed(moment.sum_KK), chunks)
+            columns[_column(layer)] = pa.array(packed, pa.large_binary())
         return pa.table(columns)
+
+
+def _first(value: Any, chunks: Sequence[int]) -> list[Any]:
+    return [value] + [None] * (len(chunks) - 1)
 
 
 def _column(layer: int) -> str:
@@ -87,21 +97,51 @@ def _unpacked(data: pa.Buffer) -> Tensor:
     return lower_KK + lower_KK.tril(-1).T
 
 
-def merged(parts: Store, grid: Grid, layer: int) -> tuple[SecondMoment, str]:
-    """The sum over all chunks in their order, and the fingerprint of the model that made them."""
-    fingerprints: set[str] = set()
+def write(
+    parts: Store, grid: Grid, layer: int, origin: MomentOrigin, file: Path, device: str
+) -> dict[str, float]:
+    """Merge the sums of a layer and write its file: a worker's work, which holds the matrices.
 
-    def moments() -> Iterator[SecondMoment]:
-        for lease in grid.leases(GROUP):
-            row = parts.read_table(lease.part, ["model_fingerprint", "count", _column(layer)])
-            fingerprints.update(row["model_fingerprint"].to_pylist())
-            (count,) = row["count"].to_pylist()
-            yield SecondMoment(_unpacked(row[_column(layer)][0].as_buffer()), count)
+    Returns its `tokens`, `condition_number`, and `half`: the distance of the C of about half the
+    tokens, relative. Raises UnsolvableError, and ValueError where the sums are not of the origin's
+    weights.
+    """
+    total, half, device = None, None, one_device(device)
+    for part in _covering(parts, len(grid)):
+        row = parts.read_table(part, ["model_fingerprint", "count", _column(layer)]).slice(0, 1)
+        (fingerprint,) = row["model_fingerprint"].to_pylist()
+        if fingerprint != origin.model_fingerprint:
+            raise ValueError(
+                f"{parts.uri}/{part} must be of the weights {origin.model_fingerprint[:16]}, but "
+                f"is of {fingerprint[:16]}; delete {parts.uri} and run the same command again"
+            )
+        (count,) = row["count"].to_pylist()
+        sum_KK = _unpacked(row[_column(layer)][0].as_buffer()).to(device)
+        half = half or total
+        total = merge(filter(None, (total, SecondMoment(sum_KK, count))))
+    assert total is not None
+    C_KK = total.mean()
+    drift = float("nan") if half is None else float((half.mean() - C_KK).norm() / C_KK.norm())
+    solver = save(file, total, origin)
+    return {
+        "tokens": total.count,
+        "condition_number": solver.condition_number(),
+        "half": drift,
+    }
 
-    moment = merge(moments())
-    if len(fingerprints) > 1:
-        raise RunError(
-            f"the chunks must all be of one model, but were computed with {len(fingerprints)} "
-            f"different weights; delete {parts.uri} and run the same command again"
-        )
-    return moment, fingerprints.pop()
+
+def _covering(parts: Store, chunks: int) -> list[str]:
+    """Parts that have each chunk once: of a lease that was split after all, the whole one."""
+    covered: set[int] = set()
+    chosen = []
+    found = {
+        name: set(parts.read_table(name, ["case_id"])["case_id"].to_pylist())
+        for name in parts.list(f"{GROUP}/part-", ".parquet")
+    }
+    for name in sorted(found, key=lambda name: (-len(found[name]), name)):
+        if not covered & found[name]:
+            covered |= found[name]
+            chosen.append(name)
+    if covered != set(range(chunks)):
+        raise RuntimeError(f"{parts.uri} lacks chunks {sorted(set(range(chunks)) - covered)}")
+    return chosen
