@@ -52,7 +52,12 @@ def evaluate(config: RunConfig, out: str) -> int:
     evaluation = Evaluation(
         config=config,
         records=records,
-        grid=grid_of(records, config.records, config.lease(gpus=False)),
+        grid=grid_of(
+            records,
+            config.records,
+            config.lease(gpus=False),
+            max(config.grouping(name).size for name in config.editors),
+        ),
         templates=tuple(manifest["context_templates"]),
         second_moments={int(layer): file for layer, file in manifest["second_moments"].items()},
         weights=manifest["weights"],

@@ -255,3 +255,14 @@ def test_a_group_must_fit_into_its_lease_and_into_its_editor(tmp_path: Path) -> 
         configs.load(path, ["lease_records=8", "editors.many.edits_per_model=2"])
     with pytest.raises(ConfigError, match=r"many\.scored: .*'after' or 'end', got 'often'"):
         configs.load(path, ["lease_records=8", "editors.many.scored=often"])
+
+
+def test_a_group_must_fit_into_its_shard(tmp_path: Path) -> None:
+    """Else ten thousand edits of a model would be a thousand, silently."""
+    config = configs.load(run_file(tmp_path), ["lease_records=4"])
+    store = Store(tmp_path / "records")
+    with pytest.raises(ConfigError, match=r"4 records .* shards of 3, .* --shard-rows 4 or more"):
+        grid_of(store, config.records, 4, together=4)
+    assert len(grid_of(store, config.records, 3, together=3)) == len(RECORDS)
+    first = replace(config.records, limit=3)
+    assert len(grid_of(store, first, 4, together=4)) == 3

@@ -182,8 +182,11 @@ def record_store(benchmark: str) -> Store:
     return store
 
 
-def grid_of(store: Store, chosen: SliceConfig, lease_records: int) -> Grid:
-    """The case ids of a record store that a run uses, shard by shard."""
+def grid_of(store: Store, chosen: SliceConfig, lease_records: int, together: int = 1) -> Grid:
+    """The case ids of a record store that a run uses, shard by shard.
+
+    Raises ConfigError if a shard before the last is too short for the records that share a model.
+    """
     left = chosen.limit if chosen.limit is not None else float("inf")
     shards = []
     for name in store.list(prefix="shard-", suffix=".parquet"):
@@ -192,6 +195,13 @@ def grid_of(store: Store, chosen: SliceConfig, lease_records: int) -> Grid:
             ids = [i for i in ids if i < chosen.case_id_below]
         shards.append(tuple(ids[: int(min(left, len(ids)))]))
         left -= len(shards[-1])
+    used = [len(shard) for shard in shards if shard]
+    if short := [size for size in used[:-1] if size < together]:
+        raise ConfigError(
+            f"{together} records are to share an edited model, but {store.uri} has shards of "
+            f"{short[0]}, and a model's records are of one shard: prepare the records again with "
+            f"--shard-rows {together} or more"
+        )
     return Grid(tuple(shards), lease_records)
 
 

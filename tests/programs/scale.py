@@ -24,6 +24,7 @@ from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
+from tests.programs import matrices
 from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
@@ -167,7 +168,7 @@ def _use(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["costless", "sleeping"])
+    parser.add_argument("what", nargs="*", default=["costless", "sleeping", "matrices"])
     parser.add_argument("--store", help="a URI instead of a folder")
     options = parser.parse_args()
     failed = False
@@ -175,6 +176,10 @@ def main() -> int:
         if what == "costless":
             found = measure(nodes=1, cpus=2, seconds=0, root=options.store)
             failed |= found["driver_ms_a_record"] > 1e3 * DRIVER_BOUND
+        elif what == "matrices":
+            for name in matrices.SIZES:
+                matrices.measure(name)
+            continue
         else:
             found = measure(nodes=8, cpus=4, seconds=0.1, root=options.store)
             failed |= found["use"] < USE_BOUND
