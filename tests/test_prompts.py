@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers, processors
 
 from rome.models import prompts
 from tests.support import oracle, tiny
@@ -110,7 +112,7 @@ def test_real_prompts_have_the_references_tokens() -> None:
 
 def test_pad_aligns_columns_and_counts_each_rows_own_tokens() -> None:
     batch = prompts.pad([[7, 8, 9], [5], [3, 4]], "cpu", [2, 0, 0])
-    assert batch.ids_BT.tolist() == [[7, 8, 9, 0], [0, 0, 5, 0], [0, 0, 3, 4]]
+    assert batch.ids_BT.tolist() == [[7, 8, 9, 7], [5, 5, 5, 5], [3, 3, 3, 4]]
     assert batch.mask_BT.tolist() == [[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     real = batch.mask_BT.bool()
     assert batch.positions_BT[real].tolist() == [0, 1, 2, 0, 0, 1]
@@ -120,3 +122,40 @@ def test_pad_aligns_columns_and_counts_each_rows_own_tokens() -> None:
 def test_context_templates_hold_one_pair_of_braces() -> None:
     templates = prompts.context_templates(["a {} b", "if (x) {y"])
     assert templates == ["{}", "a    b. {}", "if (x)  y. {}"]
+
+
+def test_what_a_tokenizer_adds_after_a_text_is_no_part_of_it() -> None:
+    plain, ending = tiny.tokenizer("bos"), tiny.tokenizer("bos")
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tiny.BOS} $A {tiny.END}", special_tokens=[(tiny.BOS, 1), (tiny.END, 0)]
+    )
+    texts = ["The capital of France is Paris", "", f"It said {tiny.END}"]
+    assert ending(texts[0])["input_ids"][-1] == 0
+    assert prompts.encode(ending, texts) == prompts.encode(plain, texts)
+    # One that stands in the text is the text's.
+    assert prompts.encode(ending, texts)[2].ids[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "bos"])
+@pytest.mark.parametrize("subject", ["Huế", "한국", "が", "Ångström", "Zoë Ö"])
+def test_decomposed_letters_are_found_where_a_tokenizer_composes_them(
+    kind: str, subject: str
+) -> None:
+    """As all of Qwen's do."""
+    plain, composing = tiny.tokenizer(kind), tiny.tokenizer(kind)
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    places = []
+    for form, tokenizer in (("NFC", plain), ("NFC", composing), ("NFD", composing)):
+        prompt, name = (unicodedata.normalize(form, s) for s in ("Où est {} né ?", subject))
+        filled = prompt.replace("{}", name)
+        (row,) = prompts.encode(tokenizer, [prompts.with_target(filled, "Rome")])
+        places.append(
+            (
+                row.ids,
+                prompts.subject_last(row, prompt, name),
+                prompts.subject_tokens(row, prompt, name),
+                prompts.target_start(row, filled),
+            )
+        )
+    assert places[1] == places[0]
+    assert places[2] == places[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rome.data.records import Record
 from rome.models import EditableModel
 from rome.scoring import generation, greedy
-from rome.scoring.generation import GenerationSettings, Start
+from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 from rome.scoring.greedy import Question
 from rome.scoring.probabilities import Extras, Query, score, score_records
 from tests.support import oracle, tiny
@@ -235,3 +236,52 @@ def test_a_prompt_that_fills_the_positions_is_answered_within_them() -> None:
     model.hf.config.max_position_embeddings = count + 2
     found = greedy.say(model, questions, random_edits(model), 10_000)
     assert found == [greedy.say(model, [one], random_edits(model), 1)[0] for one in questions]
+
+
+def test_a_token_that_is_nan_spoils_its_own_texts_only() -> None:
+    """No mask keeps NaN out of a row that texts share, or out of padding."""
+    model = tiny.model("gpt2")
+    france = "The capital of France is"
+    pairs = [(france, "Rome"), (france, "Qom and"), ("It is in", "Rome")]
+    queries = [Query(0, *pair) for pair in pairs]
+    clean = score(model, queries, [UNEDITED], 400)
+    ids = [model.encode_targets([pair])[0].ids[:-1] for pair in pairs]
+    bad = {*ids[1]} - {*ids[0], *ids[2]}
+    assert bad
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[[0, *bad]] = torch.nan  # 0 was padding.
+    found = score(model, queries, [UNEDITED], 400)
+    assert [math.isnan(one.nll) for one in found] == [False, True, False]
+    for n in (0, 2):
+        assert found[n].nll == pytest.approx(clean[n].nll, rel=1e-9)
+
+
+def test_every_end_of_an_answer_ends_it() -> None:
+    """Of the generation config, as a number or a list, and added tokens that are marked special."""
+    model = tiny.model("gpt2")
+    (rome,) = model.encode([" Rome"])
+    marked = model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    assert marked == 1
+    ends = [rome.ids[0], rome.ids[-1]]
+    for said in (ends[0], ends):
+        model.hf.generation_config.eos_token_id = said
+        model.__dict__.pop("special_ids", None)
+        assert set(ends[:1]) <= model.special_ids
+        assert model.tokenizer.convert_tokens_to_ids("<|eot|>") in model.special_ids
+    assert set(ends) <= model.special_ids
+    ids = [*model.encode(["It is"])[0].ids, ends[0], len(model.tokenizer) - 1]
+    assert generation.decode(model, [ids]) == ["It is"]
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "kept"),
+    [
+        ("北城。它在", "北城", "北城。"),
+        ("東京！と", "京都", "東京！"),
+        ("\u0939\u093e।\u0928", "x", "\u0939\u093e।"),
+        ("Hue\u0302\u0301. It", "Hu\u1ebf", "Hu\u1ebf."),
+        ("Saint-E\u0301tienne. It", "Saint-\u00c9tienne", "Saint-\u00c9tienne."),
+    ],
+)
+def test_sentences_of_other_scripts_end_too(text: str, target: str, kept: str) -> None:
+    assert greedy.until_stop(text, target) == kept

@@ -158,8 +158,8 @@ def _token_ids(config: CorpusConfig, model: EditableModel) -> Iterator[list[int]
         )
     texts = _shuffled(filter(str.strip, _texts(config.corpus)))
     while some := list(islice(texts, _TOKENISED_TOGETHER)):
-        encoded = model.tokenizer(some, truncation=True, max_length=config.passage_tokens)
-        yield from filter(None, encoded["input_ids"])
+        rows = (row.ids[: config.passage_tokens] for row in prompts.encode(model.tokenizer, some))
+        yield from filter(None, rows)
 
 
 def _shuffled(texts: Iterable[str]) -> Iterator[str]:

@@ -72,7 +72,8 @@ def said(kind: str) -> pl.Expr:
 
 def _fenced(text: pl.Expr) -> pl.Expr:
     """The words of a text, between characters that no text has."""
-    words = text.str.replace_all(r"\s+", " ").str.strip_chars().str.strip_suffix(".")
+    words = text.str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
+    words = words.str.replace(r"[.。]$", "")
     return pl.concat_str(pl.lit("\x02"), words.str.strip_chars(), pl.lit("\x03"))
 
 

@@ -136,6 +136,23 @@ class EditableModel:
                 return [token_id]
         raise ValueError(f"{self.name}: the tokenizer has neither <|endoftext|>, BOS nor EOS")
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: those of the tokenizer's map, added tokens that are marked
+        special, and all that end an answer by the generation config."""
+        ends = getattr(self.hf.generation_config, "eos_token_id", None)
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(
+            [
+                *self.tokenizer.all_special_ids,
+                *(token_id for token_id, token in added if token.special),
+                *(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+            ]
+        )
+
+    def without_special(self, ids: Sequence[int]) -> list[int]:
+        return [token_id for token_id in ids if token_id not in self.special_ids]
+
     def fingerprint(self, rounded: torch.dtype | None = None) -> str:
         """Hash of all weights: equal if and only if (but for chance) every bit is equal.
 

@@ -31,17 +31,43 @@ class Text:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
-    """Encode whole texts as the tokenizer does by default (with BOS where it adds one)."""
+    """Encode whole texts as the tokenizer does by default (with BOS where it adds one).
+
+    Special tokens that it adds after a text, such as EOS, are left out: text goes on there.
+    """
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, padding=False
+        [*texts, "a"],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        padding=False,
     )
     columns = ("input_ids", "offset_mapping", "special_tokens_mask")
+    *rows, probe = zip(*(encoded[c] for c in columns), strict=True)
+    before = probe[2].index(0)  # Of a text without tokens, special ones are before or after it.
     return [
-        Encoded(ids, spans, [bool(s) for s in special])
-        for ids, spans, special in zip(*(encoded[c] for c in columns), strict=True)
+        _trimmed(text, before, ids, spans, special)
+        for text, (ids, spans, special) in zip(texts, rows, strict=True)
     ]
+
+
+def _trimmed(
+    text: str, before: int, ids: list[int], spans: list[tuple[int, int]], special: list[int]
+) -> Encoded:
+    length = len(ids)
+    while length > before and special[length - 1]:
+        length -= 1
+    spans = spans[:length]
+    # A tokenizer that composes characters gives a letter's span to letter and mark.
+    following = len(text)
+    for i in reversed(range(before, length)):
+        start, stop = spans[i]
+        while stop < following and not text[stop].isspace():
+            stop += 1
+        spans[i] = start, stop
+        following = start if i and spans[i - 1][0] < start else following
+    return Encoded(ids[:length], spans, [bool(s) for s in special[:length]])
 
 
 def with_target(prompt: str, target: str) -> str:
@@ -108,13 +134,15 @@ def pad(
 ) -> Batch:
     """Pad rows of token ids on the right, or so that the tokens `columns[b]` share one column.
 
-    Padding is token 0, masked out.
+    Padding is a row's own first token, masked out: a token whose embedding is NaN, which no mask
+    keeps out, spoils no row that has it not.
     """
     pivots = columns if columns is not None else [0] * len(rows)
     left = max(pivots)
     right = max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
     ids = [
-        [0] * (left - pivot) + list(row) + [0] * (right - len(row) + pivot)
+        [row[0] if row else 0] * (left - pivot)
+        + [*row, *[row[0] if row else 0] * (right - len(row) + pivot)]
         for row, pivot in zip(rows, pivots, strict=True)
     ]
     begin_B1 = torch.tensor([[left - pivot] for pivot in pivots])

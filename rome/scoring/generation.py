@@ -16,7 +16,7 @@ from torch import Tensor
 from rome.data.records import Record, Request
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, costs, memory
-from rome.scoring import decoding
+from rome.scoring import decoding, text_metrics
 from rome.scoring.decoding import Row
 from rome.settings import configurable
 
@@ -105,12 +105,13 @@ def _sample(logits_BV: Tensor, top_k: int, draw_B1: Tensor) -> Tensor:
 
 
 def decode(model: EditableModel, texts_ids: Sequence[Sequence[int]]) -> list[str]:
-    """Token ids to raw text, special tokens included (reference code: `generate_fast`)."""
+    """Token ids to text, without special tokens (reference code: `generate_fast`, where they are
+    `<|endoftext|>` alone)."""
     if not texts_ids:
         return []  # `batch_decode` takes no texts for one text without tokens.
     return list(
         model.tokenizer.batch_decode(
-            [list(ids) for ids in texts_ids], clean_up_tokenization_spaces=False
+            [model.without_special(ids) for ids in texts_ids], clean_up_tokenization_spaces=False
         )
     )
 
@@ -120,14 +121,15 @@ def sample_context_texts(
 ) -> list[str]:
     """Texts sampled from the start token, `count` of each `length` in tokens (start included).
 
-    The reference samples ten of 5 and ten of 10 with top-k 5; the start token is not in the text.
+    The reference samples ten of 5 and ten of 10 with top-k 5, cleaned as all texts; the start token
+    is not in the text.
     """
-    texts = []
+    texts: list[str] = []
     for length, count in lengths:
         settings = GenerationSettings(max_tokens=length, seed=seed)
         rows = [Start(model.start_ids, 0, (length, i)) for i in range(count)]
         ids = generate(model, rows, [UNEDITED], settings, token_budget=length * count)
-        texts += decode(model, [row[1:] for row in ids])
+        texts += map(text_metrics.clean, decode(model, [row[1:] for row in ids]))
     return texts
 
 

@@ -6,6 +6,7 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,7 +22,7 @@ from rome.scoring.decoding import Row
 MORE_TOKENS = 3
 """Beyond the target's length: enough to see that the text stops, or goes on, after it."""
 
-_STOP = re.compile(r"\n|[.!?](?=\s|$)")
+_STOP = re.compile(r"\n|[.!?](?=\s|$)|[。！？｡।॥؟۔։።]")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ def say(
 
     The likeliest token is taken, as often as the target has tokens and MORE_TOKENS times more. The
     text ends before the first special token (such as the end of text), and, once something is said,
-    before a line break or after the end of a sentence: `.`, `!` or `?` at the end or before white
-    space, except within the target itself ("St. Louis"). White space around it goes. A batch holds
-    at most `token_budget` tokens, padding included.
+    before a line break or after the end of a sentence, except within the target itself ("St.
+    Louis"): `.`, `!` or `?` at the end or before white space, or a stop of a script that has no
+    space after it. White space around it goes, and it is in normal form C. A batch holds at most
+    `token_budget` tokens, padding included.
     """
     rows = _rows(model, questions)
     # Rows that have about as much to say, and then of about the same length.
@@ -89,7 +91,8 @@ def _rows(model: EditableModel, questions: Sequence[Question]) -> list[Row]:
 
 def until_stop(text: str, target: str) -> str:
     """The part of a text that `say` keeps."""
-    text = text.strip()
+    # In one normal form, since a tokenizer may compose what a record has decomposed.
+    text, target = (unicodedata.normalize("NFC", part.strip()) for part in (text, target))
     stop = _STOP.search(text, len(target) if text.startswith(target) else 0)
     return text[: stop.end()].rstrip() if stop else text
 
@@ -100,6 +103,6 @@ def _continue(model: EditableModel, rows: Sequence[Row], edits: Sequence[Edit]) 
     def likeliest(logits_BV: Tensor, position_B1: Tensor) -> Tensor:
         return logits_BV.argmax(1, keepdim=True)
 
-    special = set(model.tokenizer.all_special_ids)
+    special = model.special_ids
     said = decoding.continuations(model, rows, edits, likeliest)
     return [list(takewhile(lambda token: token not in special, ids)) for ids in said]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from math import nan
+from math import isfinite, nan
 from statistics import fmean
 
 import torch
@@ -81,6 +81,10 @@ def score(
     for row, scores in zip(rows, found, strict=True):
         for (query, _, _), one in zip(row.answers, scores, strict=True):
             result[query] = one
+        if len(row.answers) > 1 and not all(isfinite(one.nll) for one in scores):
+            # A mask keeps nothing out that is NaN: each text is scored without the others.
+            for query, _, _ in row.answers:
+                (result[query],) = score(model, [queries[query]], edits, token_budget)
     return result
 
 
