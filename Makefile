@@ -94,16 +94,14 @@ lint: setup ## Lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests that start Ray, a real model or a browser run one after another, the others two at a time.
-APART := ray or model or browser
+# Two at a time, a file's tests one after another.
 PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
-	$(PAIRS) -m "not ($(APART) or slow)"
+	$(PAIRS) -m "not (ray or model or browser or slow)"
 
 test: lint ## Everything; says what was skipped and what took long.
-	$(PAIRS) -ra --durations=15 -m "not ($(APART))"
-	$(BIN)/pytest -ra --durations=15 -m "$(APART)"
+	$(PAIRS) -ra --durations=25
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from rome import yaml_text
+from rome.yaml_text import YamlError
 
 
 class ConfigError(ValueError):
@@ -20,11 +23,11 @@ class ConfigError(ValueError):
 def read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if it holds none."""
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml_text.load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a config must be a mapping, got {type(data).__name__}")
     return data
@@ -40,7 +43,10 @@ def overridden(data: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
         key, separator, value = override.partition("=")
         if not separator:
             raise ConfigError(f"--set takes key=value, got '{override}'")
-        _set(result, key.split("."), yaml.safe_load(value), key)
+        try:
+            _set(result, key.split("."), yaml_text.load(value), key)
+        except YamlError as error:
+            raise ConfigError(f"--set {key}: {error}") from None
     return result
 
 
@@ -68,7 +74,9 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def validate(kind: type, data: Any, where: str) -> Any:
     """`data` as a `kind`. Raises ConfigError with every wrong key, and the nearest right one."""
     try:
-        return TypeAdapter(kind).validate_python(data)
+        # As JSON, whose lists are tuples: nothing else is taken for what it is not, such as true
+        # for 1, text for a number, or 1.0 for 1.
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=repr), strict=True)
     except ValidationError as error:
         lines = []
         for problem in error.errors():

@@ -204,7 +204,7 @@ def test_a_url_with_reference_texts(tmp_path: Path, url: str) -> None:
 def test_reference_texts_of_another_form_are_refused(tmp_path: Path) -> None:
     source, out = write(tmp_path / "mine.json", [row(0)]), tmp_path / "out"
     bad = write(tmp_path / "texts.json", [{"relation_id": "P36", "samples": []}])
-    with pytest.raises(ValueError, match=r"texts\.json, entry 1: must be .*'target_id'"):
+    with pytest.raises(ValueError, match=r"texts\.json, row 1: must be .*'target_id'"):
         prepare(source, str(out), reference_texts=bad)
     assert not out.exists()
 
@@ -229,22 +229,26 @@ def test_a_file_of_the_official_size_must_have_the_official_digest(tmp_path: Pat
         ("mine.json", "[]", "holds no valid record"),
         ("mine.json.gz", "\x1f\x8b cut short", "cannot be read"),
         ("facts.csv", "relation,subject,object\n", "no ['templates']"),
-        ("facts.csv", CSV.replace("{} is a", "It is a"), "row 2: relation 'pets': a template must"),
-        ("facts.csv", CSV + "pets,,Rex,cat\n", "row 8: subject 'Rex' must appear once"),
-        ("facts.csv", CSV + "pets,,Flipper,\n", "row 8: object must be text"),
-        ("facts.csv", CSV + "pets,{} is,Flipper,cat\n", "row 8: relation 'pets' already has the"),
+        (
+            "facts.csv",
+            CSV.replace("{} is a", "It is a"),
+            "line 2: relation 'pets': a template must",
+        ),
+        ("facts.csv", CSV + "pets,,Rex,cat\n", "line 8: subject 'Rex' must appear once"),
+        ("facts.csv", CSV + "pets,,Flipper,\n", "line 8: object must be text"),
+        ("facts.csv", CSV + "pets,{} is,Flipper,cat\n", "line 8: relation 'pets' already has the"),
         ("facts.csv", CSV.replace(",cat", ",dog"), "relation 'pets' has the one object 'dog'"),
         (
             "facts.yaml",
             "relations: [{id: a}]",
             "relation 'a': facts must map each object to a list",
         ),
-        ("facts.yaml", "relations: [", "not valid YAML"),
+        ("facts.yaml", "relations: [", "not YAML: "),
         ("facts.yaml", "relations: [{id: a, fact: {}}]", "relation 'a' has unknown keys ['fact']"),
         (
             "facts.yaml",
             "relations: [{id: a, templates: ['{} is'], facts: {b: [c, 1984], d: [e]}}]",
-            "relation 'a', 1984: subject must be text",
+            "line 1: a value must be text, and 1984 is read as a number; quote it",
         ),
     ],
 )

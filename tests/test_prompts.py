@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_pad_aligns_columns_and_counts_each_rows_own_tokens() -> None:
     assert batch.mask_BT.tolist() == [[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     real = batch.mask_BT.bool()
     assert batch.positions_BT[real].tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch[torch.tensor([2])].ids_BT.tolist() == [[0, 0, 3, 4]]
+    assert batch[torch.tensor([2])].ids_BT.tolist() == [[3, 3, 3, 4]]
 
 
 def test_context_templates_hold_one_pair_of_braces() -> None:
@@ -136,6 +137,10 @@ def test_what_a_tokenizer_adds_after_a_text_is_no_part_of_it() -> None:
     assert prompts.encode(ending, texts)[2].ids[-1] == 0
 
 
+def normalized(form: Any, text: str) -> str:
+    return unicodedata.normalize(form, text)
+
+
 @pytest.mark.parametrize("kind", ["plain", "bos"])
 @pytest.mark.parametrize("subject", ["Huế", "한국", "が", "Ångström", "Zoë Ö"])
 def test_decomposed_letters_are_found_where_a_tokenizer_composes_them(
@@ -146,7 +151,7 @@ def test_decomposed_letters_are_found_where_a_tokenizer_composes_them(
     composing.backend_tokenizer.normalizer = normalizers.NFC()
     places = []
     for form, tokenizer in (("NFC", plain), ("NFC", composing), ("NFD", composing)):
-        prompt, name = (unicodedata.normalize(form, s) for s in ("Où est {} né ?", subject))
+        prompt, name = (normalized(form, s) for s in ("Où est {} né ?", subject))
         filled = prompt.replace("{}", name)
         (row,) = prompts.encode(tokenizer, [prompts.with_target(filled, "Rome")])
         places.append(

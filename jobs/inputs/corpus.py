@@ -178,14 +178,29 @@ def _texts(corpus: str) -> Iterator[str]:
     if not _is_file(corpus):
         return _from_datasets(corpus)
     if corpus.endswith(".txt"):
-        return (line.rstrip("\n") for line in Path(corpus).open(encoding="utf-8"))
+        return _lines(Path(corpus))
     file = pq.ParquetFile(corpus)
     if "text" not in file.schema_arrow.names:
         raise ValueError(
             f"{corpus} must have a column 'text', got {', '.join(file.schema_arrow.names)}"
         )
+    kind = file.schema_arrow.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{corpus}: the column 'text' must hold texts, but holds {kind}")
     batches = file.iter_batches(_TOKENISED_TOGETHER, columns=["text"])
     return chain.from_iterable(_present(batch["text"].to_pylist()) for batch in batches)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: a corpus must be UTF-8, got the byte "
+                    f"0x{line[error.start]:02x}; convert it: iconv -f WINDOWS-1252 -t UTF-8"
+                ) from None
 
 
 def _present(texts: Iterable[str | None]) -> Iterator[str]:

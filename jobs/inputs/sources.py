@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import urllib.request
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -19,9 +17,10 @@ import yaml
 from rich.progress import wrap_file
 
 from jobs.cli import CONSOLE
+from jobs.inputs import formats
 from rome.data import facts
 from rome.data.facts import ReferenceText
-from rome.data.records import Record, is_zsre
+from rome.data.records import Record, from_row
 from rome.paths import CONFIGS
 
 _TIMEOUT_S = 60
@@ -68,9 +67,9 @@ def reversed_prompts() -> dict[str, str]:
 def load(source: str, limit: int | None = None) -> Source:
     """The first `limit` records of a source, checked, and what is wrong with the others.
 
-    `source` is tried as the name of a benchmark, a URL, a file (JSON list of COUNTERFACT records
-    or of zsRE rows as MEND publishes them, or fact table in YAML or CSV; each may be gzipped), a
-    `datasets` folder, a `datasets` id.
+    `source` is tried as the name of a benchmark, a URL, a file (rows in a format of
+    `rome.data.records.from_row`, as `jobs.inputs.formats` reads them, or fact table in YAML or
+    CSV), a `datasets` folder, a `datasets` id.
 
     Raises:
         ValueError: the source as a whole cannot be used: wrong digest, not JSON, not found.
@@ -91,13 +90,12 @@ def load(source: str, limit: int | None = None) -> Source:
             f"got {digest} ({len(data):,} bytes). Fetch it again from {benchmark.source}."
         )
     path = PurePosixPath(urlsplit(location).path if _is_url(location) else location)
-    path = path.with_suffix("") if path.suffix == ".gz" else path
+    path = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
     name, version = (benchmark.name, benchmark.version) if benchmark else (path.stem, digest[:12])
     if path.suffix in (".yaml", ".yml", ".csv"):
         records, texts, invalid = _from_facts(location, path.suffix, data)
         return Source(name, version, digest, records[:limit], invalid, texts)
-    rows = _json_list(location, data)
-    named = ((f"{location}, row {i}", row) for i, row in enumerate(rows, 1))
+    named = ((f"{location}, {place}", row) for place, row in _rows(location, data))
     return Source(name, version, digest, *_check(islice(named, limit)))
 
 
@@ -109,7 +107,7 @@ def reference_texts(location: str) -> list[ReferenceText]:
             `{relation_id, target_id, samples: [{name, text}]}`.
     """
     texts = []
-    for number, entry in enumerate(_json_list(location, read(location)), 1):
+    for place, entry in _rows(location, read(location)):
         try:
             key = [entry["relation_id"], entry["target_id"]]
             rows = [[*key, sample["name"], sample["text"]] for sample in entry["samples"]]
@@ -117,7 +115,7 @@ def reference_texts(location: str) -> list[ReferenceText]:
                 raise TypeError("all four must be texts")
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{location}, entry {number}: must be {{relation_id, target_id, samples: "
+                f"{location}, {place}: must be {{relation_id, target_id, samples: "
                 f"[{{name, text}}]}}, got {str(entry)[:200]} ({error!r})"
             ) from error
         texts += [ReferenceText(*row) for row in rows]
@@ -125,15 +123,15 @@ def reference_texts(location: str) -> list[ReferenceText]:
 
 
 def read(location: str) -> bytes:
-    """The bytes of a file or URL, unzipped if they are a gzip.
+    """The bytes of a file or URL, unzipped if they are a gzip, or a zip of one file.
 
     Raises:
         ValueError: they are not there, or not whole.
     """
     try:
         data = _download(location) if _is_url(location) else Path(location).read_bytes()
-        return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, HTTPException, zlib.error) as error:
+        return formats.unzipped(data)
+    except (OSError, HTTPException, ValueError) as error:
         way_out = ". Fetch it by other means and give its path." if _is_url(location) else ""
         raise ValueError(f"{location} cannot be read: {error}{way_out}") from error
 
@@ -162,16 +160,13 @@ def _check(rows: Iterable[tuple[str, Any]]) -> tuple[list[Record], list[str]]:
     invalid: list[str] = []
     places: dict[int, str] = {}
     for i, (where, row) in enumerate(rows):
-        zsre = isinstance(row, dict) and is_zsre(row)
-        case_id = i if zsre else row.get("case_id") if isinstance(row, dict) else None
+        case_id = row.get("case_id") if isinstance(row, dict) else None
         try:
-            if not isinstance(row, dict):
-                raise ValueError(f"a record must be a mapping, got {str(row)[:200]}")
-            record = Record.from_zsre(row, i) if zsre else Record.from_counterfact(row)
+            record = from_row(row, i)
             if record.case_id in places:
                 raise ValueError(f"case_id must be unique, also in {places[record.case_id]}")
         except ValueError as error:
-            invalid.append(f"{where} (case_id {case_id!r}): {error}")
+            invalid.append(f"{where} (case_id {i if case_id is None else case_id!r}): {error}")
         else:
             places[record.case_id] = where
             records.append(record)
@@ -205,7 +200,8 @@ def _from_datasets(location: str, limit: int | None) -> Source:
     try:
         loaded = datasets.load_from_disk(location) if saved else datasets.load_dataset(location)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"`datasets` cannot load {location!r}: {error}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"`datasets` cannot load {location!r}: {error}{cause}") from error
     splits = loaded if isinstance(loaded, dict) else {"all": loaded}
 
     def rows() -> Iterator[tuple[str, Any]]:
@@ -220,14 +216,11 @@ def _from_datasets(location: str, limit: int | None) -> Source:
     return Source(path.name, sha256[:12], sha256, *_check(islice(rows(), limit)))
 
 
-def _json_list(location: str, data: bytes) -> list[Any]:
+def _rows(location: str, data: bytes) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(data)
+        yield from formats.rows(data)
     except ValueError as error:
-        raise ValueError(f"{location} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{location} must hold a list, got a {type(rows).__name__}")
-    return rows
+        raise ValueError(f"{location} cannot be used: {error}") from error
 
 
 def _is_url(location: str) -> bool:

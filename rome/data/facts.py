@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from typing import Any
 
-import yaml
-
-from rome.data.records import LIST_SIZES, Record
+from rome import yaml_text
+from rome.data.records import LIST_SIZES, Record, check_whole, one_form
 
 _SEED = "facts-1"
 _LIST_KEYS = ("templates", "generation", "statements")
@@ -43,17 +42,19 @@ class Fact:
     object: Any
 
     def check(self, taken: Mapping[str, str]) -> None:
-        """Raises ValueError where the fact is malformed or its subject was `taken` before."""
+        """Raises ValueError where the fact is malformed or its subject was `taken` before, which
+        maps subjects in one form to their objects."""
         for name, value in (("subject", self.subject), ("object", self.object)):
             if not isinstance(value, str) or not value or value != value.strip():
                 raise ValueError(
                     f"{name} must be text without white space around it "
                     f"(quote numbers, yes and no in YAML), got {value!r}"
                 )
-        if self.subject in taken:
+            check_whole(name, value)
+        if one_form(self.subject) in taken:
             raise ValueError(
                 f"subject {self.subject!r} must appear once in its relation, but already has the "
-                f"object {taken[self.subject]!r}"
+                f"object {taken[one_form(self.subject)]!r}"
             )
 
 
@@ -88,10 +89,14 @@ class Relation:
 
 @dataclass(frozen=True)
 class FactTable:
-    """Relations with their facts, and the sentences that stand in front of paraphrases."""
+    """Relations with their facts, and the sentences that stand in front of paraphrases.
+
+    bad: what is wrong with rows that could not be read.
+    """
 
     relations: Sequence[Relation]
     distractors: Sequence[str]
+    bad: Sequence[str] = ()
 
 
 def read_yaml(data: bytes) -> FactTable:
@@ -100,10 +105,7 @@ def read_yaml(data: bytes) -> FactTable:
     Raises:
         ValueError: with the relation and the rule that it breaks.
     """
-    try:
-        table = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from error
+    table = yaml_text.load(data, only_text=True)
     if not isinstance(table, dict) or not isinstance(table.get("relations"), list):
         raise ValueError("a fact table must be a mapping with a list 'relations'")
     relations = [_relation(i, entry) for i, entry in enumerate(table["relations"], 1)]
@@ -116,33 +118,81 @@ def read_csv(data: bytes) -> FactTable:
     The templates of a relation stand in its first row; later rows repeat them or leave them empty.
 
     Raises:
-        ValueError: with the row, where the header is row 1.
+        ValueError: with the line.
     """
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
-    wanted = {"relation", "templates", "subject", "object"}
-    if missing := wanted - set(reader.fieldnames or ()):
+    rows = _csv_rows(data)
+    header = [name.strip() for name in next(rows, (1, []))[1]]
+    if missing := _COLUMNS - set(header):
         raise ValueError(
-            f"a fact table must have the columns {sorted(wanted)}, no {sorted(missing)}"
+            f"a fact table must have the columns {sorted(_COLUMNS)}, no {sorted(missing)}"
         )
+    if len(set(header)) < len(header):
+        raise ValueError(f"line 1: a column must stand once, got {header}")
     relations: dict[str, Relation] = {}
-    for number, row in enumerate(reader, 2):
-        name = (row["relation"] or "").strip()
-        if not name:
-            raise ValueError(f"row {number}: relation must not be empty")
-        templates = [part.strip() for part in (row["templates"] or "").split("|") if part.strip()]
+    bad = []
+    for line, cells in rows:
+        try:
+            row = _csv_row(header, cells)
+        except ValueError as error:
+            bad.append(f"line {line}: {error}")
+            continue
+        name = row["relation"]
+        templates = [part.strip() for part in row["templates"].split("|") if part.strip()]
         try:
             relation = relations.get(name) or Relation(name, templates)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+            raise ValueError(f"line {line}: {error}") from error
         if templates and templates != relation.templates:
             raise ValueError(
-                f"row {number}: relation {name!r} already has the templates {relation.templates}, "
+                f"line {line}: relation {name!r} already has the templates {relation.templates}, "
                 f"got {templates}"
             )
         relations[name] = relation
-        subject, target = ((row[column] or "").strip() for column in ("subject", "object"))
-        relation.facts.append(Fact(f"row {number}", subject, target))
-    return FactTable(list(relations.values()), ())
+        relation.facts.append(Fact(f"line {line}", row["subject"], row["object"]))
+    return FactTable(list(relations.values()), (), bad)
+
+
+_COLUMNS = {"relation", "templates", "subject", "object"}
+
+
+def _csv_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, with the line that each begins in.
+
+    Every kind of line end is one, also within quotes. Raises ValueError with the line where quotes
+    are not closed, or stand beside what they should enclose.
+    """
+    text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                if any("\n" in cell for cell in cells):
+                    raise ValueError(
+                        f"line {line}: a cell must be of one line, but a quote here opens one that "
+                        f'ends in line {reader.line_num}; write a quote as ""'
+                    )
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"line {line}: {error}; put a cell with a comma or a quote in quotes, and write a "
+            'quote in it as ""'
+        ) from error
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """The cells by column. Raises ValueError where there are more or fewer than columns."""
+    if len(cells) != len(header):
+        raise ValueError(
+            f"there must be {len(header)} cells, one for each of {list(header)}, got "
+            f"{len(cells)}: {list(cells)}; put a cell with a comma in quotes"
+        )
+    row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    if not row["relation"]:
+        raise ValueError("relation must not be empty")
+    return row
 
 
 def build(
@@ -156,7 +206,7 @@ def build(
     Raises:
         ValueError: a relation in which all facts have the same object has no counterfactuals.
     """
-    invalid: list[str] = []
+    invalid = list(table.bad)
     cases = []
     texts: list[ReferenceText] = []
     for relation in table.relations:
@@ -173,15 +223,21 @@ def build(
 
 
 def _usable(relation: Relation, invalid: list[str]) -> dict[str, str]:
-    """Subject -> object of the sound facts; messages about the others go to `invalid`."""
+    """Subject -> object of the sound facts; messages about the others go to `invalid`.
+
+    An object that is spelt in two Unicode forms is one, as it was spelt first.
+    """
     objects: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    spelt: dict[str, str] = {}
     for fact in relation.facts:
         try:
-            fact.check(objects)
+            fact.check(taken)
         except ValueError as error:
             invalid.append(f"{fact.where}: {error}")
         else:
-            objects[fact.subject] = fact.object
+            taken[one_form(fact.subject)] = fact.object
+            objects[fact.subject] = spelt.setdefault(one_form(fact.object), fact.object)
     return objects
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -131,14 +132,55 @@ class Record:
         record.check()
         return record
 
+    @classmethod
+    def from_easyedit(cls, row: Mapping[str, Any], place: int) -> Record:
+        """A record of EasyEdit's COUNTERFACT files, checked: flat, and with the subject in prompts.
+
+        `case_id` is the row's place in the file, unless it has one.
+
+        Raises:
+            ValueError: the first rule that the row breaks, with the value.
+        """
+        for name in ("subject", "prompt", "ground_truth"):
+            _check_text(name, row.get(name))
+        subject, prompt = row["subject"], row["prompt"]
+        if prompt.count(subject) != 1:
+            raise ValueError(
+                f"prompt must contain the subject {subject!r} exactly once, got {prompt!r}"
+            )
+        asked = {"rephrase_prompt": row.get("rephrase_prompt"), "locality_prompt": None}
+        if row.get("locality_prompt") is not None:
+            asked["locality_prompt"] = row["locality_prompt"]
+            _check_text("locality_ground_truth", row.get("locality_ground_truth"))
+        record = cls(
+            case_id=row.get("case_id", place),
+            relation_id=None,
+            prompt=prompt.replace(subject, "{}"),
+            subject=subject,
+            target_new=row.get("target_new"),  # type: ignore[arg-type]  # checked below
+            target_true=row["ground_truth"],
+            target_new_id=None,
+            target_true_id=None,
+            paraphrase_prompts=tuple(filter(None, [asked["rephrase_prompt"]])),
+            neighborhood_prompts=tuple(filter(None, [asked["locality_prompt"]])),
+            attribute_prompts=(),
+            generation_prompts=(),
+            neighborhood_target=row.get("locality_ground_truth"),
+        )
+        record.check()
+        return record
+
     def check(self) -> None:
         """Raises ValueError with the first rule of a record that this one breaks."""
-        if type(self.case_id) is not int or self.case_id < 0:
-            raise ValueError(f"case_id must be a whole number from 0, got {self.case_id!r}")
+        if type(self.case_id) is not int or not 0 <= self.case_id < 1 << 63:
+            raise ValueError(
+                f"case_id must be a whole number from 0 and below 2^63, got {self.case_id!r}"
+            )
         for name in ("relation_id", "target_new_id", "target_true_id"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be text or null, got {value!r}")
+            check_whole(name, value or "")
         true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
         for name in ("prompt", "subject", "target_new", true):
             _check_text(name, getattr(self, name))
@@ -147,7 +189,7 @@ class Record:
                 raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
-        if self.target_new == self.target_true:
+        if self.target_true and one_form(self.target_new) == one_form(self.target_true):
             raise ValueError(
                 f"target_new and target_true must differ, both are {self.target_new!r}"
             )
@@ -159,6 +201,11 @@ class Record:
                 _check_text(f"{name}[{i}]", prompt)
 
 
+def one_form(text: str) -> str:
+    """A text as it is compared: in normal form C, where "é" is one character and not two."""
+    return unicodedata.normalize("NFC", text)
+
+
 def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     target = rewrite.get(name)
     if not isinstance(target, Mapping):
@@ -166,9 +213,37 @@ def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return target
 
 
-def is_zsre(row: Mapping[str, Any]) -> bool:
-    """True if a row has the form of MEND's zsRE files rather than of COUNTERFACT."""
-    return bool({"src", "answers", "loc"} & row.keys())
+def from_row(row: Any, place: int) -> Record:
+    """A record of a row in the format that its keys are of, checked.
+
+    COUNTERFACT has `requested_rewrite`, MEND's zsRE `src` and `answers`, EasyEdit's COUNTERFACT
+    `ground_truth` beside `prompt`. `place`: of the row in its file, from 0.
+
+    Raises:
+        ValueError: the rule that it breaks, and the format that was assumed, or how it was none.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a record must be a mapping, got {str(row)[:200]}")
+    if "requested_rewrite" in row:
+        assumed, make = "COUNTERFACT's", lambda: Record.from_counterfact(row)
+    elif {"src", "answers"} & row.keys():
+        assumed, make = "zsRE's", lambda: Record.from_zsre(row, place)
+    elif {"locality", "portability"} & row.keys():
+        raise ValueError(
+            "it is a row of KnowEdit, whose neighbours have an answer each, and these are not "
+            "read; write it in COUNTERFACT's format (docs/inputs.md)"
+        )
+    elif {"prompt", "ground_truth"} <= row.keys():
+        assumed, make = "EasyEdit's", lambda: Record.from_easyedit(row, place)
+    else:
+        raise ValueError(
+            "a record must have requested_rewrite (COUNTERFACT), src and answers (zsRE), or prompt "
+            f"and ground_truth (EasyEdit), got the keys {sorted(map(str, row))}"
+        )
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{error} (in {assumed} format)") from error
 
 
 def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
@@ -181,6 +256,17 @@ def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be text and not empty, got {value!r}")
+    check_whole(name, value)
+
+
+def check_whole(name: str, text: str) -> None:
+    """Raises ValueError where a text has half a character, which JSON may hold and no file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name} must be whole characters, but has half of one (a lone surrogate): {text!r}"
+        ) from None
 
 
 RECORD_SCHEMA = pa.schema(

@@ -19,6 +19,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 def transformers_path(source: str) -> str:
     """Translate a source into the arguments of `from_pretrained`."""
     path = str(_packaged(source)) if source.startswith("package:") else source
+    folder = Path(path)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} is an adapter (adapter_config.json), not a model: merge it into its base with "
+            "peft's merge_and_unload(), save that, and give its folder"
+        )
     return str(_dequantised(Path(path))) if path.endswith(".gguf") else path
 
 

@@ -1,0 +1,78 @@
+"""YAML that says what it seems to say: no key twice, and 1e-6 is a number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+class YamlError(ValueError):
+    """Not YAML, or YAML that would lose or bend something; the message says the line."""
+
+
+def _kind(value: Any) -> str:
+    names = {bool: str(value).lower(), int: "a number", float: "a number", type(None): "nothing"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, and keys and dates that are no text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        self.flatten_mapping(node)
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                written = getattr(key_node, "value", key)
+                raise YamlError(
+                    f"line {line}: a key must be text, and {written} is read as {_kind(key)}; "
+                    "quote it"
+                )
+            if key in first:
+                raise YamlError(f"line {line}: the key {key!r} is in line {first[key]} already")
+            first[key] = line
+        return super().construct_mapping(node, deep)
+
+
+class _TextLoader(_Loader):
+    """Also refuses a value that is no text, such as NO, 1 or an empty one."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str):
+            raise YamlError(
+                f"line {node.start_mark.line + 1}: a value must be text, and {node.value or value} "
+                f"is read as {_kind(value)}; quote it"
+            )
+        return value
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-6 for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+# A date is text, as JSON has it.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def load(text: str | bytes, only_text: bool = False) -> Any:
+    """The value of a YAML document. Raises YamlError with the line of what is wrong.
+
+    `only_text`: every single value must be text.
+    """
+    try:
+        return yaml.load(text, _TextLoader if only_text else _Loader)  # Both are safe.
+    except YamlError:
+        raise
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError, ValueError) as error:
+        raise YamlError(
+            f"not YAML: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
