@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+_BOUNDS = {
+    "workers": (0, 100_000),
+    "num_cpus": (0, 10_000),
+    "num_gpus": (0, 1000),
+    "memory_gib": (0, 1_000_000),
+    "max_attempts": (1, 1000),
+    "in_flight": (1, 1000),
+    "record_seconds": (0.1, 1e7),
+    "boot_seconds": (1, 1e7),
+    "store_seconds": (0, 1e7),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -35,3 +47,9 @@ class RunSettings:
     logs: Literal["text", "json"] = "text"
     """`"json"`: a JSON object a line on stderr, and from each worker in Ray's logs, with the run,
     the lease and its case ids."""
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not least <= value <= most:  # A NaN is not.
+                raise ValueError(f"{name} must be from {least:g} to {most:g}, got {value}")

@@ -24,10 +24,12 @@ from jobs.reduce import reduce, show
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
+from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, group_of, model_facts
 from jobs.tasks.training import trained
+from rome import models
 from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
 from rome.paths import ROOT
@@ -110,7 +112,9 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                 if Path(known["file"]).exists():  # The workers' files may be on other machines.
                     unchanged(known, what)
         return there
-    weights = _weights(config)  # Refused at once where they are not there.
+    # Refused at once: what is not there, and what does not fit.
+    weights = _weights(config)
+    refuse_what_does_not_fit(config, models.outline(config.model.source, config.model.name))
     facts = once(model_facts, config, weights, settings=config.workers)
     sized = _sized(config, facts["model_bytes"])
     files = {} if config.edits else second_moment.ensure(sized, facts["model_fingerprint"])

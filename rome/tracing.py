@@ -50,7 +50,7 @@ KINDS = {
 }
 
 
-@configurable(samples=1, noise=0, window=1)
+@configurable(samples=(1, 10_000), noise=(0, 1000), window=1)
 class TraceSettings:
     """Settings of causal tracing; the defaults are the paper's."""
 

@@ -12,8 +12,10 @@ import yaml
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
+from jobs.runs.fits import refuse_what_does_not_fit
 from rome.editors.rome import RomeSettings
 from rome.options import ConfigError
+from tests.support import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml"))
@@ -279,11 +281,31 @@ def test_difference_names_each_key_that_differs(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("editors.rome.value.steps=0", "steps must be at least 1, got 0"),
-        ("editors.rome.value.clamp=-1", "clamp must be at least 0, got -1"),
+        ("editors.rome.value.steps=0", "steps must be from 1 to 10000, got 0"),
+        ("editors.rome.value.clamp=-1", "clamp must be from 1e-12 to 1e+06, got -1"),
+        ("editors.rome.value.steps=1000000", "steps must be from 1 to 10000, got 1000000"),
+        (
+            "editors.rome.value.learning_rate=.inf",
+            "rate must be from 1e-12 to 100, got inf",
+        ),
+        ("editors.rome.value.steps=true", "steps: Input should be a valid integer, got True"),
+        ("editors.rome.value.steps=1e30", "steps: Input should be a valid integer, got 1e+30"),
+        ("editors.rome.value.steps='5'", "steps: Input should be a valid integer, got '5'"),
+        ("model.second_moment.tokens=1e30", "tokens"),
+        ("templates.texts=[]", "texts must begin with the bare '{}', got []"),
+        ("templates.lengths=[[1, 10]]", "tokens of lengths must be from 2 to 10000, got 1"),
+        ("records.case_id_below=0", "case_id_below must be at least 1, got 0"),
+        ("workers.workers=-1", "workers must be from 0 to 100000, got -1"),
+        ("workers.in_flight=0", "in_flight must be from 1 to 1000, got 0"),
+        ("workers.record_seconds=.nan", "record_seconds must be from 0.1 to 1e+07, got nan"),
+        ("workers.max_attempts=0", "max_attempts must be from 1 to 1000, got 0"),
+        ("workers.num_gpus=-1", "num_gpus must be from 0 to 1000, got -1"),
         ("editors.rome.layer=-1", "layer must be at least 0, got -1"),
-        ("editors.rome.value.learning_rate=.nan", "learning_rate must be at least 0, got nan"),
-        ("lease_records=0", "lease_records must be at least 1, got 0"),
+        (
+            "editors.rome.value.learning_rate=.nan",
+            "rate must be from 1e-12 to 100, got nan",
+        ),
+        ("lease_records=0", "lease_records must be from 1 to 1e+06, got 0"),
         ("records.limit=0", "limit must be at least 1, got 0"),
         ("scoring.generation.top_k=0", "top_k must be at least 1, got 0"),
     ],
@@ -291,3 +313,27 @@ def test_difference_names_each_key_that_differs(run_file: Path) -> None:
 def test_numbers_out_of_bounds_are_refused_with_their_key(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         configs.load(CONFIGS / "runs" / "everyday-rome.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "scoring.generation.max_tokens=129",
+            "must be at most the 128 positions of tiny",
+        ),
+        ("scoring.generation.top_k=100000", "top_k must be at most the 420 tokens of tiny"),
+        ("templates.lengths=[[200, 1]]", "templates.lengths: 200 tokens must be at most the 128"),
+        ("editors.rome.layer=3", "editors.rome: tiny: layer must be from 0 to 2, got 3"),
+        ("editors.memit={layers: [0, 9]}", "editors.memit: tiny: layer must be from 0 to 2, got 9"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_a_worker_boots(
+    write: Any, override: str, said: str
+) -> None:
+    small = {"name": "m", "source": "m", "dtype": "float32"}
+    config = configs.load(write(model=small, editors={"rome": {"layer": 1}}), [override])
+    model = tiny.model("gpt2")
+    model.name = "tiny"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        refuse_what_does_not_fit(config, model)

@@ -23,12 +23,12 @@ from rome.edits.sequences import Grouping
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
 from rome.paths import CONFIGS
-from rome.settings import configurable
+from rome.settings import configurable, within
 
 _GROUPING = [f.name for f in fields(Grouping)]
 
 
-@configurable(kw_only=True, tokens=1, passage_tokens=1)
+@configurable(kw_only=True, tokens=(1, 1e12), passage_tokens=2)
 class CorpusConfig:
     """The corpus of a second moment."""
 
@@ -62,7 +62,7 @@ class ModelConfig:
     """Hyperparameters of editors for this model."""
 
 
-@configurable(kw_only=True, limit=1, case_id_below=0)
+@configurable(kw_only=True, limit=1, case_id_below=1)
 class SliceConfig:
     """The records of the store that a run takes; all by default."""
 
@@ -82,8 +82,15 @@ class TemplateConfig:
     texts: tuple[str, ...] | None = None
     """Ready templates, the bare `{}` first, instead of sampling."""
 
+    def __post_init__(self) -> None:
+        for tokens, number in self.lengths:
+            within("tokens of lengths", tokens, 2, 10_000)
+            within("texts of lengths", number, 1, 10_000)
+        if self.texts is not None and self.texts[:1] != ("{}",):
+            raise ValueError(f"texts must begin with the bare '{{}}', got {list(self.texts)[:1]}")
 
-@configurable(kw_only=True, token_budget=1, lease_records=1)
+
+@configurable(kw_only=True, token_budget=1, lease_records=(1, 1_000_000))
 class RunConfig:
     """One file of configs/runs, with its model filled in."""
 

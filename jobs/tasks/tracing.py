@@ -48,7 +48,7 @@ TRACE_SCHEMA = pa.schema(
 )
 
 
-@configurable(kw_only=True, limit=1, token_budget=1, lease_facts=1)
+@configurable(kw_only=True, limit=1, token_budget=1, lease_facts=(1, 100_000))
 class TraceConfig:
     """One file of configs/traces, with its model filled in."""
 

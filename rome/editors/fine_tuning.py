@@ -27,7 +27,13 @@ from rome.models.prompts import Batch, Text
 from rome.settings import configurable
 
 
-@configurable(layer=0, steps=1, learning_rate=0, weight_decay=0, norm_constraint=0)
+@configurable(
+    layer=0,
+    steps=(1, 100_000),
+    learning_rate=(1e-12, 100),
+    weight_decay=(0, 100),
+    norm_constraint=(1e-12, 1e6),
+)
 class FineTuningSettings:
     """Hyperparameters of FT; the defaults are the published ones for GPT-2 XL.
 

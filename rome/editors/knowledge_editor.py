@@ -20,7 +20,7 @@ from rome.models import EditableModel
 from rome.settings import configurable
 
 
-@configurable(hidden=1, condition=1)
+@configurable(hidden=(1, 100_000), condition=(1, 100_000))
 class KnowledgeEditorSettings:
     """The network's shape; the defaults are the published ones."""
 

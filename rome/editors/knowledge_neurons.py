@@ -35,7 +35,7 @@ from rome.models.hooks import hooked
 from rome.settings import configurable
 
 
-@configurable(steps=1, adaptive_threshold=0)
+@configurable(steps=(1, 10_000), adaptive_threshold=(0, 1))
 class KnowledgeNeuronsSettings:
     """Hyperparameters; the defaults are those of the ROME paper's baseline (`hparams/KN`)."""
 

@@ -26,7 +26,7 @@ from rome.second_moment import Solver
 from rome.settings import configurable
 
 
-@configurable(sampled_contexts=0)
+@configurable(second_moment_weight=(1e-12, 1e12), sampled_contexts=0)
 class MemitSettings:
     """Hyperparameters of MEMIT; the defaults are the published ones for GPT-2 XL."""
 
@@ -42,10 +42,6 @@ class MemitSettings:
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(f"layers must be one or more in ascending order, got {self.layers}")
-        if self.second_moment_weight <= 0:
-            raise ValueError(
-                f"second_moment_weight must be above 0, got {self.second_moment_weight}"
-            )
 
 
 class Memit:

@@ -18,7 +18,7 @@ from rome.models import EditableModel
 from rome.settings import configurable
 
 
-@configurable(rank=1, hidden_layers=0)
+@configurable(rank=(1, 100_000), hidden_layers=(0, 100))
 class MendSettings:
     """The network's shape; the defaults are the published ones for GPT-2 XL."""
 

@@ -22,7 +22,13 @@ from rome.models.hooks import hooked
 from rome.settings import configurable
 
 
-@configurable(steps=1, learning_rate=0, weight_decay=0, kl_factor=0, clamp=0)
+@configurable(
+    steps=(1, 10_000),
+    learning_rate=(1e-12, 100),
+    weight_decay=(0, 100),
+    kl_factor=(0, 1e6),
+    clamp=(1e-12, 1e6),
+)
 class ValueSettings:
     """Hyperparameters of Equation 4; the names in brackets are those of the reference code."""
 

@@ -21,7 +21,7 @@ from rome.scoring.decoding import Row
 from rome.settings import configurable
 
 
-@configurable(top_k=1, max_tokens=1)
+@configurable(top_k=1, max_tokens=2)
 class GenerationSettings:
     """Settings of sampled texts (reference code: `generate_fast`)."""
 
