@@ -32,7 +32,7 @@ from jobs.tasks.training import trained
 from rome import models
 from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
-from rome.paths import ROOT
+from rome.paths import ROOT, workspace
 
 # What a manifest says of files, and what they are.
 _FILES = {"second_moments": "second moment", "weights": "trained network"}
@@ -180,7 +180,7 @@ def main(
     given += [f"edits={json.dumps(edits)}"] if edits else []
     with cli.errors(*FAILURES):
         run_config = configs.load(config, given)
-        status = evaluate(run_config, out or str(configs.workspace() / "runs" / run_config.name))
+        status = evaluate(run_config, out or str(workspace() / "runs" / run_config.name))
     raise typer.Exit(status)
 
 

@@ -30,6 +30,7 @@ from jobs.tasks.moments import GROUP, Moments, write
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
+from rome.paths import workspace
 from rome.second_moment import (
     MomentOrigin,
     SecondMoment,
@@ -63,7 +64,7 @@ def ensure(config: RunConfig, fingerprint: str) -> dict[int, str]:
     )
     if not layers:
         return {}
-    folder = configs.workspace() / "second_moments" / quote(config.model.name, safe="")
+    folder = workspace() / "second_moments" / quote(config.model.name, safe="")
     outline = models.outline(config.model.source, config.model.name)
     for layer in layers:
         outline.down_projection(layer)  # Raises before any work where there is no such layer.

@@ -27,6 +27,7 @@ from rome import models
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
+from rome.paths import workspace
 
 SWEEP = "sweep.parquet"
 _ROME = "rome"
@@ -112,7 +113,7 @@ def main(
     with cli.errors(*FAILURES):
         chosen = [int(layer) for layer in layers.split(",") if layer]
         run_config = expanded(configs.load(config, overrides or []), chosen, positions.split(","))
-        out = out or str(configs.workspace() / "runs" / run_config.name)
+        out = out or str(workspace() / "runs" / run_config.name)
         status = evaluate(run_config, out)
         frame = table(out, run_config)
         figures.save(Store(out), {"sweep": figures.sweep_curves(frame, run_config.model.name)})

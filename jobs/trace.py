@@ -30,6 +30,7 @@ from jobs.tasks.loading import load_model
 from jobs.tasks.tracing import TraceConfig, Tracing
 from rome import options, tracing
 from rome.analysis.effects import averages, effects, suggested_layer
+from rome.paths import workspace
 from rome.tracing import KnownFact
 
 EFFECTS, AVERAGES = "effects.parquet", "averages.parquet"
@@ -180,7 +181,7 @@ def main(
         chosen = options.validate(
             TraceConfig, configs.filled(config, overrides or []), f"{config}: "
         )
-        out = out or str(configs.workspace() / "traces" / chosen.name)
+        out = out or str(workspace() / "traces" / chosen.name)
         status = run_traces(chosen, out)
         reduce(out)
         for known_id in fact or []:

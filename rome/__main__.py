@@ -14,18 +14,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from rome import library, models, options
+from rome import second_moment as second_moments
 from rome.data.records import Request
 from rome.editors import EDITORS
 from rome.edits import files as edit_files
 from rome.edits import peft_export
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory
-from rome.paths import CONFIGS
+from rome.paths import CONFIGS, workspace
 from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
 
@@ -72,9 +72,14 @@ def edit(
 ) -> None:
     """Edit one fact, and show what the model says before and after."""
     with _errors():
-        loaded, configured = _load(model, dtype)
-        settings = _settings(editor, configured.get(editor, {}), overrides or [])
+        # All that can be wrong without the model is, before its weights are loaded.
         request = Request(prompt, subject, target, target_true)
+        request.check()
+        _check_export(export)
+        config = _config(model, dtype)
+        settings = _settings(editor, config["editors"].get(editor, {}), overrides or [])
+        loaded = _load(config)
+        second_moment = second_moment or _held(loaded, editor, settings)
         with warnings.catch_warnings(record=True) as caught:
             made = library.edit(loaded, request, editor, second_moment, **settings)
         for warning in caught:
@@ -95,7 +100,10 @@ def show(
 ) -> None:
     """Show what the model says without and with an edit from a file."""
     with _errors():
-        loaded, _ = _load(model, dtype)
+        _check_export(export)
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; give one that `edit --out` wrote")
+        loaded = _load(_config(model, dtype))
         made, origin = edit_files.load(file, loaded)
         typer.echo(f"{made.request.text} {made.request.target} ({origin.editor}, {origin.model})")
         _show(loaded, made, say or [])
@@ -112,17 +120,31 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _load(source: str, dtype: str | None) -> tuple[EditableModel, dict[str, dict[str, Any]]]:
-    """The model, and the settings of editors that its config has."""
-    config: dict[str, Any] = {"source": source, "dtype": "float32"}
+def _config(source: str, dtype: str | None) -> dict[str, Any]:
+    """Of a model: `source`, `dtype`, and the settings of `editors`."""
+    config: dict[str, Any] = {"source": source, "dtype": "float32", "editors": {}}
     path = Path(source) if source.endswith(".yaml") else _CONFIGS / f"{source}.yaml"
     if path.exists():
-        config |= yaml.safe_load(path.read_text("utf-8"))
+        config |= options.read(path)
+    config["dtype"] = dtype or config["dtype"]
+    if config["dtype"] not in models.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(models.DTYPES)}, got '{dtype}'")
+    return config
+
+
+def _load(config: dict[str, Any]) -> EditableModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = dtype or config["dtype"]
-    models.use_precision(chosen)
-    loaded = models.load(config["source"], chosen, device, config.get("name"))
-    return loaded, config.get("editors", {})
+    models.use_precision(config["dtype"])
+    return models.load(config["source"], config["dtype"], device, config.get("name"))
+
+
+def _held(model: EditableModel, editor: str, settings: dict[str, Any]) -> str | None:
+    """The files of C that the workspace holds for these weights, `{layer}` in their name."""
+    layers = EDITORS[editor].second_moments(EDITORS[editor].settings(**settings))
+    files = second_moments.held(workspace() / "second_moments", model, layers) if layers else None
+    if files:
+        typer.echo(f"note: C is that of {files}", err=True)
+    return files
 
 
 def _settings(editor: str, configured: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -151,13 +173,14 @@ def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
     Console(markup=False, emoji=False).print(table)
 
 
+def _check_export(target: tuple[str, Path] | None) -> None:
+    if target and target[0] != "peft":
+        raise ValueError(f"--export takes `peft DIR`, got '{target[0]}'")
+
+
 def _export(model: EditableModel, edit: Edit, target: tuple[str, Path] | None) -> None:
-    if target is None:
-        return
-    kind, folder = target
-    if kind != "peft":
-        raise ValueError(f"--export takes `peft DIR`, got '{kind}'")
-    peft_export.export(folder, edit, model)
+    if target:
+        peft_export.export(target[1], edit, model)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def edit(
     """
     if editor not in EDITORS:
         raise ValueError(f"editor must be one of {', '.join(EDITORS)}, got '{editor}'")
+    request.check()
     kind = EDITORS[editor]
     chosen = kind.settings(**settings)
     if (layers := kind.second_moments(chosen)) and second_moment_file is None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -202,6 +203,22 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | Non
         )
     sum_KK = factor.count * (factor.sum_KK @ factor.sum_KK.T)
     return SecondMoment(sum_KK, factor.count), MomentOrigin(**json.loads(metadata["origin"]))
+
+
+def held(folder: Path, model: EditableModel, layers: Sequence[int]) -> str | None:
+    """The newest files in a folder of folders, as `jobs.second_moment` writes them, that hold C at
+    each of the layers of these very weights; `{layer}` stands for the layer in the answer."""
+    fingerprint = model.fingerprint()
+    found = sorted(folder.glob(f"*/layer-{layers[0]}-*"), key=lambda path: -path.stat().st_mtime)
+    for path in found:
+        key = path.name.partition(f"layer-{layers[0]}-")[2]
+        files = [path.with_name(f"layer-{layer}-{key}") for layer in layers]
+        if all(file.exists() for file in files):
+            with safe_open(path, framework="pt") as file:
+                origin = json.loads((file.metadata() or {}).get("origin", "{}"))
+            if origin.get("model_fingerprint") == fingerprint:
+                return str(path.with_name(f"layer-{{layer}}-{key}"))
+    return None
 
 
 def load_solver(path: str | os.PathLike[str]) -> Solver:

@@ -127,11 +127,12 @@ def invoke(*arguments: object) -> Result:
 def test_the_command_shows_before_and_after_and_leaves_files(saved: Path) -> None:
     fact = ["--prompt", FACT.prompt, "--subject", FACT.subject, "--target", FACT.target]
     out, adapter = saved.parent / "edit.safetensors", saved.parent / "adapter"
-    given = ["--model", saved, "--set", "layer=1", "--set", "value.stop_below=0"]
+    strong = ["value.stop_below=0", "value.kl_factor=0", "value.weight_decay=0", "layer=0"]
+    given = ["--model", saved, *(part for one in strong for part in ("--set", one))]
     more = ["--say", "The capital of", "--out", out, "--export", "peft", adapter]
     result = invoke("edit", *given, *fact, *more)
     assert result.exit_code == 0, result.output
-    assert "note: ROME takes the identity for C of layer 1" in result.stderr
+    assert "note: ROME takes the identity for C of layer 0" in result.stderr
     before, after = (float(p) for p in re.findall(r"0\.\d{4}", result.stdout)[:2])
     assert after > before
     assert re.search(r"P\(Paris\)", result.stdout)
@@ -144,7 +145,7 @@ def test_the_command_shows_before_and_after_and_leaves_files(saved: Path) -> Non
     model = rome.load(str(saved), "float32")
     adapted = PeftModel.from_pretrained(model.hf, adapter)
     adapters = [name for name, _ in adapted.named_modules() if name.endswith("lora_A.default")]
-    assert adapters == ["base_model.model.model.layers.1.mlp.down_proj.lora_A.default"]
+    assert adapters == ["base_model.model.model.layers.0.mlp.down_proj.lora_A.default"]
 
     wrong = invoke("show", out, "--model", saved, "--dtype", "bfloat16")
     assert wrong.exit_code == 1
@@ -166,3 +167,41 @@ def test_a_wrong_argument_is_named(saved: Path, arguments: list[str], message: s
     result = invoke("edit", "--model", saved, *fact, *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_what_is_wrong_without_the_model_is_said_before_it_is_loaded(tmp_path: Path) -> None:
+    """There is no such model."""
+    given = ["edit", "--model", tmp_path / "none", "--prompt", "{} is in", "--subject", "Rome"]
+    for arguments, message in (
+        (["--target", ""], "target must be text and not empty, got ''"),
+        (["--target", " Paris"], "target must not begin or end with white space, got ' Paris'"),
+        (["--target", "Paris", "--prompt", "It is in"], "exactly one '{}', got 'It is in'"),
+        (["--target", "Paris", "--export", "onnx", "x"], "--export takes `peft DIR`, got 'onnx'"),
+        (["--target", "Paris", "--dtype", "float8"], "dtype must be one of float64, float32"),
+        (["--target", "Paris", "--editor", "roma"], "editor must be one of none, ft"),
+        (["--target", "Paris", "--set", "layer=-1"], "layer must be at least 0, got -1"),
+    ):
+        result = invoke(*given, *arguments)
+        assert (result.exit_code, message in result.stderr) == (1, True), result.output
+
+
+def test_c_that_the_workspace_holds_for_these_weights_is_found(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROME_WORKSPACE", str(saved.parent))
+    model = rome.load(str(saved), "float32")
+    keys = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)).double()
+    for name, weights in (("others", "another model's"), ("mine", model.fingerprint())):
+        origin = MomentOrigin(
+            model="m", model_fingerprint=weights, layer=1, weight="w",
+            corpus="c", corpus_fingerprint="",
+        )  # fmt: skip
+        file = saved.parent / "second_moments" / "m" / f"layer-1-{name}.safetensors"
+        second_moment.save(file, SecondMoment(keys.T @ keys, 60), origin)
+        fact = ["--prompt", FACT.prompt, "--subject", FACT.subject, "--target", FACT.target]
+        more = ["--set", "layer=1", "--set", "value.steps=1"]
+        result = invoke("edit", "--model", saved, *fact, *more)
+        assert result.exit_code == 0, result.output
+        assert ("takes the identity for C" in result.stderr) == (name == "others")
+    assert "note: C is that of" in result.stderr
+    assert "layer-{layer}-mine.safetensors" in result.stderr

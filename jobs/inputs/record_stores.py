@@ -19,12 +19,12 @@ from jobs import cli
 from jobs.cli import say
 from jobs.inputs import sources
 from jobs.inputs.sources import benchmarks
-from jobs.runs import config as configs
 from jobs.runs.config import SliceConfig
 from jobs.runs.manifests import MANIFEST
 from rome.data.facts import ReferenceText
 from rome.data.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
 from rome.options import ConfigError
+from rome.paths import workspace
 from rome.scoring.text_metrics import fit_tfidf
 
 SCHEMA_VERSION = 2
@@ -176,7 +176,7 @@ def record_store(benchmark: str) -> Store:
                 f"'{benchmark}'; prepare one with python -m jobs.prepare SOURCE --out {benchmark}"
             )
         return store
-    store = Store(str(configs.workspace() / "records" / benchmark))
+    store = Store(str(workspace() / "records" / benchmark))
     if not store.exists(MANIFEST):
         prepare(benchmark, store.uri)
     return store

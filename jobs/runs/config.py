@@ -156,14 +156,6 @@ class RunConfig:
         return -(-(128 if gpus else 8) // whole) * whole
 
 
-def workspace() -> Path:
-    """The default folder of stores and runs: $ROME_WORKSPACE, else ~/rome-workspace.
-
-    Absolute, because a Ray job's working directory is a copy that is deleted.
-    """
-    return Path(os.environ.get("ROME_WORKSPACE", "~/rome-workspace")).expanduser().resolve()
-
-
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """A run's config from its file and `key=value` overrides.
 

@@ -20,7 +20,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from cluster.settings import RunSettings
 from cluster.store import Store
 from jobs.inputs import corpus as corpora
-from jobs.runs import config as configs
 from jobs.runs.config import CorpusConfig, ModelConfig
 from jobs.tasks.loading import load_model
 from rome import options
@@ -31,6 +30,7 @@ from rome.editors.hypernetwork import NETWORKS, NetworkOrigin
 from rome.editors.training import Example, Figures, Trainer, TrainingSettings
 from rome.models import EditableModel, memory
 from rome.options import ConfigError
+from rome.paths import workspace
 from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
@@ -81,7 +81,7 @@ class TrainConfig:
 
 def folder() -> Path:
     """The default folder of trainings; each has a folder of its name."""
-    return configs.workspace() / "hypernetworks"
+    return workspace() / "hypernetworks"
 
 
 def trained(name: str) -> str:

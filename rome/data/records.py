@@ -32,6 +32,16 @@ class Request:
     def text(self) -> str:
         return self.prompt.replace("{}", self.subject)
 
+    def check(self) -> None:
+        """Raises ValueError with the first rule of a request that this one breaks."""
+        for name in ("prompt", "subject", "target"):
+            _check_text(name, getattr(self, name))
+        for name in ("subject", "target"):
+            if (value := getattr(self, name)) != value.strip():
+                raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
+        if self.prompt.count("{}") != 1:
+            raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
+
 
 @dataclass(frozen=True)
 class Record:
