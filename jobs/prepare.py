@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
-from jobs.inputs.record_stores import SHARD_ROWS, describe, listed, prepare
+from jobs.inputs.record_stores import SHARD_ROWS, Separator, describe, listed, prepare
 from jobs.runs.manifests import MANIFEST
 
 
@@ -41,6 +41,10 @@ def _prepare(
     reference_texts: Annotated[
         str | None, typer.Option(help="File or URL in the form of attribute_snippets.json.")
     ] = None,
+    separator: Annotated[
+        Separator,
+        typer.Option(help="Between prompts and targets; script: none where no one writes a space."),
+    ] = "space",
 ) -> None:
     """Turn a source into a store of records (the default command)."""
     with cli.errors():
@@ -51,6 +55,7 @@ def _prepare(
             limit=limit,
             skip_invalid=skip_invalid,
             reference_texts=reference_texts,
+            separator=separator,
         )
     if skipped := manifest["skipped"]:
         say(f"{len(skipped)} bad rows were left out, all in {MANIFEST}:\n{listed(skipped)}")

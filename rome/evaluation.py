@@ -70,6 +70,7 @@ def evaluate(
             "target_new": record.target_new,
             "target_true": record.target_true,
             "neighborhood_target": record.neighborhood_target,
+            "separator": record.separator,
             **scores[r],
             **said[r],
             "texts": texts[r],

@@ -14,13 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cluster.store import Store
 from jobs.inputs import formats, sources
 from jobs.inputs.corpus import _texts
 from jobs.inputs.sources import load
 from rome import models, yaml_text
-from rome.data.records import Record
+from rome.data.records import Record, by_script, from_table
+from rome.editors.rome import Rome, RomeSettings
+from rome.editors.values import ValueSettings
 from rome.options import ConfigError
+from rome.scoring.generation import UNEDITED
+from rome.scoring.probabilities import Extras, Query, score, score_records
 from rome.yaml_text import YamlError
+from tests.support import tiny
+from tests.support.commands import command
 
 HEADER = "relation,templates,subject,object\n"
 FACTS = HEADER + "sings,{} sings|The singing of {} is,Ada,low\nsings,,Bob,high\n"
@@ -270,3 +277,45 @@ def test_a_config_says_a_key_once(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(run))
     with pytest.raises(ConfigError, match=r"--set editors: line 1: the key 'rome'"):
         configs.load(path, ["editors={rome: {}, rome: {layer: 3}}"])
+
+
+# Languages without spaces
+
+CHINESE = record(0, prompt="{}的首都是", subject="甲国", target_new={"str": "北城", "id": None})
+CHINESE |= {f"{kind}_prompts": ["甲国的首都是"] for kind in ("paraphrase", "neighborhood")}
+
+
+def test_what_stands_before_a_target_is_a_setting_of_the_records(tmp_path: Path) -> None:
+    path = tmp_path / "zh.json"
+    path.write_text(json.dumps([CHINESE, record(1), record(2, separator="")]))
+    found = {}
+    for way in ("space", "none", "script"):
+        out = tmp_path / way
+        status, text = command("prepare", path, "--out", out, "--separator", way)
+        assert status == 0, text
+        assert ("1 records end in a script without spaces" in text) == (way == "space")
+        table = Store(out).read_table("shard-00000.parquet")
+        found[way] = [one.separator for one in from_table(table)]
+        assert json.loads((out / "manifest.json").read_text())["separator"] == way
+    assert found == {"space": [" ", " ", ""], "none": ["", "", ""], "script": ["", " ", " "]}
+
+
+def test_targets_are_edited_and_scored_where_they_stand() -> None:
+    """As the texts themselves say, without a space."""
+    model = tiny.model("gpt2")
+    spaced = Record.from_counterfact(CHINESE)
+    joined = by_script(spaced)
+    (text,) = model.encode_targets([(joined.request.text, "北城", joined.separator)])
+    assert text.ids == model.encode(["甲国的首都是北城"])[0].ids
+    rows = []
+    for one in (spaced, joined):
+        query = Query(0, one.request.text, "北城", one.separator)
+        (expected,) = score(model, [query], [UNEDITED], 400)
+        (row,) = score_records(model, [one], [UNEDITED], 400, Extras(neighborhood_plus=True))
+        assert row["rewrite_nll_new"] == pytest.approx([expected.nll])
+        rows.append(row)
+    assert all(rows[0][column] != rows[1][column] for column in rows[0] if "_nll_" in column)
+    settings = RomeSettings(1, ValueSettings(steps=2, stop_below=0), second_moment=False)
+    editor = Rome(model, settings, ["{}"], None, 300)
+    losses = [edit.health["loss"] for edit in editor.edit([spaced.request, joined.request])]
+    assert losses[0] != losses[1]

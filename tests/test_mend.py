@@ -47,7 +47,7 @@ def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers:
     """Also from the first layer on, where the embeddings enter."""
     model = tiny.model(family)
     weights = gradients.mlp_weights(model, layers)
-    texts = model.encode_targets([(r.text, r.target) for r in REQUESTS])
+    texts = model.encode_targets([(r.text, r.target, r.separator) for r in REQUESTS])
     rows = gradients.observe(model, 3 - layers, texts)
     found = gradients.gradients(model, weights, rows)
     for e, request in enumerate(REQUESTS):

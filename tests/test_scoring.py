@@ -71,7 +71,7 @@ def test_equal_beginnings_are_run_once() -> None:
     embedding = model.hf.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: run.append(args[0].numel()))
     score(model, queries, random_edits(model), 1000)
-    texts = model.encode_targets([(query.prompt, query.target) for query in queries])
+    texts = model.encode_targets([(one.prompt, one.target, " ") for one in queries])
     assert run == [len({tuple(text.ids[:n]) for text in texts for n in range(1, len(text.ids))})]
 
 
@@ -245,7 +245,7 @@ def test_a_token_that_is_nan_spoils_its_own_texts_only() -> None:
     pairs = [(france, "Rome"), (france, "Qom and"), ("It is in", "Rome")]
     queries = [Query(0, *pair) for pair in pairs]
     clean = score(model, queries, [UNEDITED], 400)
-    ids = [model.encode_targets([pair])[0].ids[:-1] for pair in pairs]
+    ids = [model.encode_targets([(*pair, " ")])[0].ids[:-1] for pair in pairs]
     bad = {*ids[1]} - {*ids[0], *ids[2]}
     assert bad
     with torch.no_grad():
@@ -285,3 +285,26 @@ def test_every_end_of_an_answer_ends_it() -> None:
 )
 def test_sentences_of_other_scripts_end_too(text: str, target: str, kept: str) -> None:
     assert greedy.until_stop(text, target) == kept
+
+
+def test_an_extra_prompt_that_is_too_long_empties_its_column_only() -> None:
+    model = tiny.model("gpt2")
+    names = ("paraphrase", "neighborhood", "attribute", "generation")
+    row = {
+        "case_id": 0,
+        "requested_rewrite": {
+            "prompt": "{} is in" + " the old town of Rome" * 6,
+            "subject": "Rome",
+            "target_new": {"str": "Italy", "id": None},
+            "target_true": {"str": "Japan", "id": None},
+        },
+        **{f"{name}_prompts": ["Tokyo is in" + " the new town of Rome" * 6] for name in names},
+    }
+    record = Record.from_counterfact(row)
+    found, other = (
+        score_records(model, [record], [UNEDITED], 400, Extras(neighborhood_plus=plus))[0]
+        for plus in (True, False)
+    )
+    why = found.pop("omitted")
+    assert why.startswith("neighborhood_plus: a text must fit into gpt2's 128 positions, got ")
+    assert found == other

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from rich.progress import track
@@ -22,13 +22,15 @@ from jobs.inputs.sources import benchmarks
 from jobs.runs.config import SliceConfig
 from jobs.runs.manifests import MANIFEST
 from rome.data.facts import ReferenceText
-from rome.data.records import REFERENCE_TEXT_SCHEMA, Record, from_table, to_table
+from rome.data.records import REFERENCE_TEXT_SCHEMA, Record, by_script, from_table, to_table
 from rome.options import ConfigError
 from rome.paths import workspace
 from rome.scoring.text_metrics import fit_tfidf
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SHARD_ROWS = 512
+Separator = Literal["space", "none", "script"]
+"""`script`: nothing after a prompt in a script that writes words without spaces, else a space."""
 _LISTED = 20
 
 
@@ -40,8 +42,11 @@ def prepare(
     limit: int | None = None,
     skip_invalid: bool = False,
     reference_texts: str | None = None,
+    separator: Separator = "space",
 ) -> dict[str, Any]:
     """Write the store of `source` (see `sources.load`) to a folder or URI; returns its manifest.
+
+    `separator`: what stands between prompts and targets; `space` leaves what records say of it.
 
     Everything is checked before anything is written, and a store has its manifest last: one that
     was interrupted is none, and is written again. The same source again changes nothing.
@@ -60,29 +65,49 @@ def prepare(
         )
     if not content.records:
         raise ValueError(f"{source} holds no valid record")
+    records = _separated(content.records, separator)
     benchmark = sources.benchmarks().get(source)
     location = reference_texts or (benchmark and benchmark.reference_texts)
     texts = sources.reference_texts(location) if location else content.texts
     manifest: dict[str, Any] = {
         "name": content.name,
         "version": content.version,
-        "rows": len(content.records),
+        "rows": len(records),
         "rows_per_shard": shard_rows,
         "reference_texts": len(texts),
         "sha256": content.sha256,
         "schema_version": SCHEMA_VERSION,
         "limit": limit,
+        "separator": separator,
         "skipped": content.invalid,
-        "fingerprint": _fingerprint(content.records, texts),
+        "fingerprint": _fingerprint(records, texts),
     }
     store = Store(out)
     if store.exists(MANIFEST):
         _refuse_another(out, json.loads(store.read_bytes(MANIFEST)), manifest)
-        say(f"{out} already holds {content.name}, {len(content.records):,} records: nothing to do")
+        say(f"{out} already holds {content.name}, {len(records):,} records: nothing to do")
         return manifest
-    _write(store, content.records, texts, manifest)
-    say(f"{out}: {content.name} {content.version}, {len(content.records):,} records written")
+    _write(store, records, texts, manifest)
+    say(f"{out}: {content.name} {content.version}, {len(records):,} records written")
     return manifest
+
+
+def _separated(records: Sequence[Record], separator: Separator) -> list[Record]:
+    """The records with what stands between their prompts and targets, and a note if a space stands
+    where no one writes one."""
+    by_scripts = [by_script(record) for record in records]
+    if separator == "script":
+        return by_scripts
+    if separator == "none":
+        return [replace(record, separator="") for record in records]
+    pairs = zip(records, by_scripts, strict=True)
+    if odd := sum(one.separator > other.separator for one, other in pairs):
+        say(
+            f"note: the prompts of {odd:,} records end in a script without spaces, and a space is "
+            "assumed before their targets, as the reference code has it; --separator script leaves "
+            "it out"
+        )
+    return list(records)
 
 
 def _write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,8 @@ class Request:
     target: str
     target_true: str | None = None
     """The object before the edit, for editors that need it."""
+    separator: str = " "
+    """Stands between a prompt and its target."""
 
     @property
     def text(self) -> str:
@@ -64,10 +66,12 @@ class Record:
     attribute_prompts: tuple[str, ...]
     generation_prompts: tuple[str, ...]
     neighborhood_target: str | None = None
+    separator: str = " "
+    """Stands between each prompt and its target: a space, as in the reference code, or nothing."""
 
     @property
     def request(self) -> Request:
-        return Request(self.prompt, self.subject, self.target_new, self.target_true)
+        return Request(self.prompt, self.subject, self.target_new, self.target_true, self.separator)
 
     @property
     def neighborhood_true(self) -> str:
@@ -101,6 +105,7 @@ class Record:
             target_new_id=new.get("id"),
             target_true_id=true.get("id"),
             **lists,
+            separator=row.get("separator", " "),
         )
         record.check()
         return record
@@ -199,6 +204,8 @@ class Record:
                 raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
+        if self.separator not in ("", " "):
+            raise ValueError(f"separator must be a space or empty, got {self.separator!r}")
         if self.target_true and one_form(self.target_new) == one_form(self.target_true):
             raise ValueError(
                 f"target_new and target_true must differ, both are {self.target_new!r}"
@@ -209,6 +216,19 @@ class Record:
                 raise ValueError(f"{name} must have at most {size} entries, got {len(prompts)}")
             for i, prompt in enumerate(prompts):
                 _check_text(f"{name}[{i}]", prompt)
+
+
+_WITHOUT_SPACES = (
+    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
+)  # fmt: skip
+
+
+def by_script(record: Record) -> Record:
+    """The record with nothing between prompts and targets if its prompt, filled, ends in a script
+    that writes words without spaces, else with a space."""
+    last = record.request.text.rstrip()[-1:]
+    without = unicodedata.name(last, "").startswith(_WITHOUT_SPACES)
+    return replace(record, separator="" if without else " ")
 
 
 def one_form(text: str) -> str:
@@ -294,6 +314,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("attribute_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("generation_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("neighborhood_target", pa.string()),
+        pa.field("separator", pa.string(), nullable=False),
     ]
 )
 

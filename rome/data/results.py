@@ -34,11 +34,15 @@ RESULT_SCHEMA = pa.schema(
         # None in zsRE, whose neighborhood prompts have a target of their own.
         pa.field("target_true", pa.string()),
         pa.field("neighborhood_target", pa.string()),
+        # What stood between prompts and targets: a space, or nothing.
+        pa.field("separator", pa.string()),
         # OK, or ERROR for a dead letter: then `error` says why and the numbers are null.
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("attempts", pa.int32(), nullable=False),
         *_nlls,
+        # Which of EXTRA_KINDS a record is too long for, and why.
+        pa.field("omitted", pa.string()),
         # Per prompt: the share of the target's tokens that are the likeliest under teacher forcing.
         # Of target_new, but of the true target after neighborhood prompts; so is what is greedily
         # said, up to a natural stop: see rome.scoring.greedy.

@@ -55,7 +55,7 @@ def contexts(
     """
     filled = [_fill(template, request.prompt) for template in templates]
     texts = [_fill(context, request.subject) for context in filled]
-    full = [prompts.with_target(text, request.target) for text in texts]
+    full = [prompts.with_target(text, request.target, request.separator) for text in texts]
     encoded = model.encode([*full, _fill(KL_PROMPT, request.subject)])
     made = Contexts([], [], [])
     for context, text, row in zip(filled, texts, encoded, strict=False):

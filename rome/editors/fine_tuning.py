@@ -139,7 +139,7 @@ class FineTuning:
 
         Raises ValueError where a target has no token before it.
         """
-        texts = self.model.encode_targets([(r.text, r.target) for r in requests])
+        texts = self.model.encode_targets([(r.text, r.target, r.separator) for r in requests])
         rows = [_row(text, self.settings.target_loss) for text in texts]
         return memory.in_batches(
             list(zip(requests, rows, strict=True)),

@@ -52,7 +52,7 @@ class HypernetworkEditor:
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
         """One edit per request, all computed from the unedited model."""
-        texts = self.model.encode_targets([(r.text, r.target) for r in requests])
+        texts = self.model.encode_targets([(r.text, r.target, r.separator) for r in requests])
         return memory.in_batches(
             list(zip(requests, texts, strict=True)),
             memory.by_length([len(text.ids) for text in texts], self.token_budget),

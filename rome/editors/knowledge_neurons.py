@@ -108,7 +108,7 @@ class KnowledgeNeurons:
     def _target(self, request: Request, target: str) -> list[int]:
         if self.settings.target_tokens == "published":
             return list(self.model.tokenizer(target, add_special_tokens=False)["input_ids"])
-        (whole,) = self.model.encode([prompts.with_target(request.text, target)])
+        (whole,) = self.model.encode([prompts.with_target(request.text, target, request.separator)])
         return whole.ids[prompts.target_start(whole, request.text) :]
 
     def _edit(self, requests: Sequence[Request], facts: Sequence[_Fact]) -> list[Edit]:

@@ -210,7 +210,9 @@ class Trainer:
         if not pairs:
             return None
         start = first_layer(self.model, self.network)
-        return gradients.observe(self.model, start, self.model.encode_targets(pairs))
+        return gradients.observe(
+            self.model, start, self.model.encode_targets([(*pair, " ") for pair in pairs])
+        )
 
     def _judge(self, observed: _Observed, edited: bool = True) -> tuple[Figures, Tensor]:
         """Edit, and see what the edited model says: figures, and the loss to be minimised."""

@@ -178,14 +178,14 @@ class EditableModel:
                 )
         return encoded
 
-    def encode_targets(self, pairs: Sequence[tuple[str, str]]) -> list[Text]:
-        """The tokens in which each (prompt, target) is scored.
+    def encode_targets(self, asked: Sequence[tuple[str, str, str]]) -> list[Text]:
+        """The tokens in which each (prompt, target, separator) is scored.
 
         Raises ValueError as `encode` does, and where no token comes before the target.
         """
-        encoded = self.encode([with_target(*pair) for pair in pairs])
+        encoded = self.encode([with_target(*one) for one in asked])
         texts = []
-        for (prompt, _), row in zip(pairs, encoded, strict=True):
+        for (prompt, _, _), row in zip(asked, encoded, strict=True):
             start = target_start(row, prompt)
             if start == 0:
                 raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")

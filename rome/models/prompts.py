@@ -70,9 +70,10 @@ def _trimmed(
     return Encoded(ids[:length], spans, [bool(s) for s in special[:length]])
 
 
-def with_target(prompt: str, target: str) -> str:
-    """The text in which `target` is scored: prompt and target, one space between."""
-    return f"{prompt.rstrip(' ')} {target.lstrip(' ')}"
+def with_target(prompt: str, target: str, separator: str = " ") -> str:
+    """The text in which `target` is scored: prompt and target, with one space between as the
+    reference has it, or what a language without spaces has there."""
+    return f"{prompt.rstrip(' ')}{separator}{target.lstrip(' ')}"
 
 
 def target_start(encoded: Encoded, prompt: str) -> int:

@@ -32,6 +32,7 @@ class Question:
     edit: int
     prompt: str
     target: str
+    separator: str = " "
 
 
 def say_records(
@@ -47,7 +48,11 @@ def say_records(
             ("neighborhood", record.neighborhood_prompts, record.neighborhood_true),
         )
     ]
-    questions = [Question(r, text, target) for r, _, texts, target in columns for text in texts]
+    questions = [
+        Question(r, text, target, records[r].separator)
+        for r, _, texts, target in columns
+        for text in texts
+    ]
     said = iter(say(model, questions, edits, token_budget))
     rows: list[dict[str, list[str]]] = [{} for _ in records]
     for r, column, texts, _ in columns:
@@ -79,7 +84,9 @@ def say(
 
 def _rows(model: EditableModel, questions: Sequence[Question]) -> list[Row]:
     alone = model.encode([question.prompt.rstrip(" ") for question in questions])
-    answered = model.encode([prompts.with_target(one.prompt, one.target) for one in questions])
+    answered = model.encode(
+        [prompts.with_target(one.prompt, one.target, one.separator) for one in questions]
+    )
     rows = []
     for question, prompt, whole in zip(questions, alone, answered, strict=True):
         steps = len(whole.ids) - prompts.target_start(whole, question.prompt) + MORE_TOKENS

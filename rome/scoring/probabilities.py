@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import isfinite, nan
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from rome.data.records import Record
+from rome.data.results import EXTRA_KINDS
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, memory, prompts
 from rome.scoring import trees
@@ -27,6 +29,7 @@ class Query:
     edit: int
     prompt: str
     target: str
+    separator: str = " "
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit])
     # Of records that run as the model is, equal beginnings are run once.
     unedited = min((e for e, edit in enumerate(edits) if not edit.deltas), default=0)
     shared = [e if edit.deltas else unedited for e, edit in enumerate(edits)]
-    texts = model.encode_targets([(query.prompt, query.target) for query in queries])
+    texts = model.encode_targets([(one.prompt, one.target, one.separator) for one in queries])
     needs = [
         (shared[query.edit], text.ids[:-1], q)
         for q, (query, text) in enumerate(zip(queries, texts, strict=True))
@@ -149,20 +152,22 @@ def score_records(
     edits: Sequence[Edit],
     token_budget: int,
     extras: Extras = BENCHMARK_ONLY,
-) -> list[dict[str, list[float]]]:
+) -> list[dict[str, Any]]:
     """The columns `*_nll_new`, `*_nll_true` and `*_accuracy` of each record under its edit (same
-    index): one number per prompt; no column where the record has no such target."""
+    index): one number per prompt; no column where the record has no such target, or where a prompt
+    beside those of the benchmark is too long, which `omitted` then says."""
     asked = [_asked(record, extras) for record in records]
+    omitted = [_omit_too_long(model, columns) for columns in asked]
     queries = [
-        Query(r, prompt, target)
+        Query(r, prompt, target, records[r].separator)
         for r, columns in enumerate(asked)
         for texts, target in columns.values()
         for prompt in texts
     ]
     scores = iter(score(model, queries, edits, token_budget))
     rows = []
-    for columns in asked:
-        row: dict[str, list[float]] = {}
+    for columns, why in zip(asked, omitted, strict=True):
+        row: dict[str, Any] = {"omitted": why} if why else {}
         for column, (texts, _) in columns.items():
             found = list(islice(scores, len(texts)))
             row[column] = [one.nll for one in found]
@@ -172,6 +177,26 @@ def score_records(
     return rows
 
 
+def _omit_too_long(model: EditableModel, columns: dict[str, _Asked]) -> str | None:
+    """Take out the extra columns with a text that has no place in the model; says which and why."""
+    positions, why = model.hf.config.max_position_embeddings, {}
+    for column in [name for name in columns if name.startswith(EXTRA_KINDS)]:
+        texts, target = columns[column]
+        # No token is shorter than a byte.
+        long = [text for text in texts if len(f"{text}{target}".encode()) + 8 > positions]
+        try:
+            model.encode([prompts.with_target(text, target) for text in long])
+        except ValueError as error:
+            del columns[column]
+            why[column.partition("_nll_")[0]] = str(error)
+    # Both targets are wanted, or none.
+    for kind in why:
+        for target in ("new", "true"):
+            columns.pop(f"{kind}_nll_{target}", None)
+    return "; ".join(f"{kind}: {error}" for kind, error in why.items()) or None
+
+
+_Asked = tuple[Sequence[str], str]
 _ACCURACIES = {
     "rewrite_nll_new": "rewrite_accuracy",
     "paraphrase_nll_new": "paraphrase_accuracy",
@@ -179,7 +204,7 @@ _ACCURACIES = {
 }
 
 
-def _asked(record: Record, extras: Extras) -> dict[str, tuple[Sequence[str], str]]:
+def _asked(record: Record, extras: Extras) -> dict[str, _Asked]:
     """The prompts and the target behind each column `*_nll_*` that the record has."""
     rewrite = record.request.text
     if record.target_true is None:
@@ -196,9 +221,9 @@ def _asked(record: Record, extras: Extras) -> dict[str, tuple[Sequence[str], str
         "attribute": record.attribute_prompts,
     }
     if extras.neighborhood_plus:
-        edited = prompts.with_target(rewrite, record.target_new)
+        edited = prompts.with_target(rewrite, record.target_new, record.separator)
         kinds["neighborhood_plus"] = [f"{edited}. {p}" for p in record.neighborhood_prompts]
-    asked = {
+    asked: dict[str, _Asked] = {
         f"{kind}_nll_{name}": (texts, target)
         for kind, texts in kinds.items()
         for name, target in targets.items()

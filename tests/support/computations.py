@@ -164,7 +164,7 @@ def mend_network(model: EditableModel) -> MendNetwork:
         for parameter in network.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.1 * noise.to(parameter.device))
-        texts = model.encode_targets([(r.text, r.target) for r in REQUESTS])
+        texts = model.encode_targets([(r.text, r.target, r.separator) for r in REQUESTS])
         rows = gradients.observe(model, 1, texts)
         network.train()(gradients.gradients(model, network.weights, rows))
     return network.eval()
