@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from cluster.store import Store
@@ -192,6 +194,46 @@ def test_accuracies_of_a_real_model_equal_the_references() -> None:
             assert column[f"{kind}_accuracy"] == [found[-1]], (kind, record)
     assert len(set(found)) > 2
     tiny.smollm2.cache_clear()
+
+
+def as_released(model: EditableModel, prompt: str, target: str) -> list[bool]:
+    """`compute_rewrite_quality_zsre` and `test_batch_prediction_acc`, one token at a time: a token
+    of " target" is decoded, and so are those before it, which stand behind the prompt as text."""
+    tokenizer = model.tokenizer
+    target_ids = tokenizer(f" {target}")["input_ids"]
+    hits = []
+    for i in range(len(target_ids)):
+        text = prompt + str(tokenizer.decode(target_ids[:i]))
+        wanted = tokenizer(tokenizer.decode(target_ids[i]))["input_ids"][0]
+        found = oracle.log_probabilities(model, tokenizer(text)["input_ids"])[-1].argmax()
+        hits.append(int(found) == wanted)
+    return hits
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_parts_of_characters_are_encoded_again_as_the_released_code_does(family: str) -> None:
+    model = tiny.model(family)
+    targets = ["Žižek", "Rome", "東京", "São Tomé", "Ω"]
+    likely = model.tokenizer(" ".join([*targets, "\ufffd"]))["input_ids"]
+    with torch.no_grad():  # So that it says them at all.
+        model.hf.get_output_embeddings().weight[sorted(set(likely))] *= 9
+    records = [
+        Record.from_zsre(row(answers=[new], loc_ans=true), i)
+        for i, (new, true) in enumerate(itertools.permutations(targets, 2))
+    ]
+    columns = score_records(model, records, [Edit(r.request) for r in records], 300)
+    differ = 0
+    for record, column in zip(records, columns, strict=True):
+        for kind, prompt, target in (
+            ("rewrite", record.request.text, record.target_new),
+            ("paraphrase", record.paraphrase_prompts[0], record.target_new),
+            ("neighborhood", record.neighborhood_prompts[0], record.neighborhood_true),
+        ):
+            paper, tokens = as_released(model, prompt, target), correct(model, prompt, target)
+            assert column[f"{kind}_accuracy"] == [sum(paper) / len(paper)], (target, prompt)
+            assert column[f"{kind}_accuracy_tokens"] == [sum(tokens) / len(tokens)]
+            differ += paper != tokens
+    assert differ
 
 
 def test_from_records_to_table_1() -> None:

@@ -54,9 +54,9 @@ def _probabilities(nll: pl.Expr) -> pl.Expr:
     return nll.list.eval((-pl.element()).exp())
 
 
-def likeliest_share(kind: str) -> pl.Expr:
+def likeliest_share(kind: str, of: str = "accuracy") -> pl.Expr:
     """Of the target's tokens, the share that is the likeliest (`eval_utils_zsre.py`)."""
-    return pl.col(f"{kind}_accuracy").list.mean()
+    return pl.col(f"{kind}_{of}").list.mean()
 
 
 def said(kind: str) -> pl.Expr:
@@ -77,6 +77,8 @@ def _fenced(text: pl.Expr) -> pl.Expr:
     return pl.concat_str(pl.lit("\x02"), words.str.strip_chars(), pl.lit("\x03"))
 
 
+_TOKENS = "accuracy_tokens"
+_TRUE_TOKENS = "_tokens: of the target's own tokens, which the released code encodes once more"
 _STRICT = "_strict: what is said greedily is the target"
 
 METRICS: dict[str, Metric] = {
@@ -91,6 +93,11 @@ METRICS: dict[str, Metric] = {
     "efficacy": Metric(value=likeliest_share("rewrite"), benchmark="zsre"),
     "paraphrase": Metric(value=likeliest_share("paraphrase"), benchmark="zsre"),
     "specificity": Metric(value=likeliest_share("neighborhood"), benchmark="zsre"),
+    "efficacy_tokens": Metric(value=likeliest_share("rewrite", _TOKENS), caption=_TRUE_TOKENS),
+    "paraphrase_tokens": Metric(value=likeliest_share("paraphrase", _TOKENS), caption=_TRUE_TOKENS),
+    "specificity_tokens": Metric(
+        value=likeliest_share("neighborhood", _TOKENS), caption=_TRUE_TOKENS
+    ),
     "ES_strict": Metric(value=said("rewrite"), caption=_STRICT),
     "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT),
     "NS_strict": Metric(value=said("neighborhood"), caption=_STRICT),

@@ -25,7 +25,7 @@ _SEED = 0
 _READ = {
     name: pl.List(pl.String if name.endswith("_greedy") else pl.Float64)
     for name in RESULT_SCHEMA.names
-    if name.endswith(("_nll_new", "_nll_true", "_accuracy", "_greedy"))
+    if name.endswith(("_nll_new", "_nll_true", "_accuracy", "_accuracy_tokens", "_greedy"))
 } | dict.fromkeys(("target_new", "target_true", "neighborhood_target"), pl.String())
 
 

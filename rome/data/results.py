@@ -47,6 +47,9 @@ RESULT_SCHEMA = pa.schema(
         # Of target_new, but of the true target after neighborhood prompts; so is what is greedily
         # said, up to a natural stop: see rome.scoring.greedy.
         *(pa.field(f"{kind}_accuracy", pa.list_(pa.float64())) for kind in TOLD_KINDS),
+        # In zsRE, whose published numbers are of another way (rome.scoring.released), of the true
+        # tokens.
+        *(pa.field(f"{kind}_accuracy_tokens", pa.list_(pa.float64())) for kind in TOLD_KINDS),
         *(pa.field(f"{kind}_greedy", pa.list_(pa.string())) for kind in TOLD_KINDS),
         pa.field("texts", pa.list_(pa.string())),
         # Bits; None where the record has no generation prompts.

@@ -18,7 +18,8 @@ from rome.data.records import Record
 from rome.data.results import EXTRA_KINDS
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, memory, prompts
-from rome.scoring import trees
+from rome.models.prompts import Text
+from rome.scoring import released, trees
 from rome.scoring.trees import Tree
 
 
@@ -70,15 +71,26 @@ class _Row:
 def score(
     model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit], token_budget: int
 ) -> list[Score]:
-    """One score per query.
+    """One score per query (reference code: `test_batch_prediction`); see `score_texts`."""
+    texts = model.encode_targets([(one.prompt, one.target, one.separator) for one in queries])
+    asked = [(query.edit, text) for query, text in zip(queries, texts, strict=True)]
+    return score_texts(model, asked, edits, token_budget)
 
-    Equal to scoring each query alone (reference code: `test_batch_prediction` and, of zsRE,
-    `test_batch_prediction_acc`). Texts of one edit share a row, in which what they begin with
-    alike, as a prompt with either target, is run once. A batch holds at most `token_budget` tokens,
+
+def score_texts(
+    model: EditableModel,
+    asked: Sequence[tuple[int, Text]],
+    edits: Sequence[Edit],
+    token_budget: int,
+) -> list[Score]:
+    """One score for each text and the index of its edit.
+
+    Equal to scoring each alone. Texts of one edit share a row, in which what they begin with alike,
+    as a prompt with either target, is run once. A batch holds at most `token_budget` tokens,
     padding included.
     """
-    result = [Score(nan, nan)] * len(queries)
-    rows = _rows(model, queries, edits)
+    result = [Score(nan, nan)] * len(asked)
+    rows = _rows(asked, edits)
     batches = memory.by_length([len(row.tree.ids) for row in rows], token_budget)
     found = memory.in_batches(rows, batches, lambda part: _score(model, part, edits))
     for row, scores in zip(rows, found, strict=True):
@@ -87,25 +99,21 @@ def score(
         if len(row.answers) > 1 and not all(isfinite(one.nll) for one in scores):
             # A mask keeps nothing out that is NaN: each text is scored without the others.
             for query, _, _ in row.answers:
-                (result[query],) = score(model, [queries[query]], edits, token_budget)
+                (result[query],) = score_texts(model, [asked[query]], edits, token_budget)
     return result
 
 
-def _rows(model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit]) -> list[_Row]:
+def _rows(asked: Sequence[tuple[int, Text]], edits: Sequence[Edit]) -> list[_Row]:
     # Of records that run as the model is, equal beginnings are run once.
     unedited = min((e for e, edit in enumerate(edits) if not edit.deltas), default=0)
     shared = [e if edit.deltas else unedited for e, edit in enumerate(edits)]
-    texts = model.encode_targets([(one.prompt, one.target, one.separator) for one in queries])
-    needs = [
-        (shared[query.edit], text.ids[:-1], q)
-        for q, (query, text) in enumerate(zip(queries, texts, strict=True))
-    ]
+    needs = [(shared[edit], text.ids[:-1], q) for q, (edit, text) in enumerate(asked)]
     rows: list[_Row] = []
     for edit, ids, q in sorted(needs):
         if not rows or rows[-1].edit != edit or rows[-1].tree.size_with(ids) > _ROW_TOKENS:
             rows.append(_Row(edit, Tree(), []))
-        start, said = texts[q].start, rows[-1].tree.add(ids)
-        rows[-1].answers.append((q, said[start - 1 :], texts[q].ids[start:]))
+        text, said = asked[q][1], rows[-1].tree.add(ids)
+        rows[-1].answers.append((q, said[text.start - 1 :], text.ids[text.start :]))
     return rows
 
 
@@ -165,14 +173,17 @@ def score_records(
         for prompt in texts
     ]
     scores = iter(score(model, queries, edits, token_budget))
+    again = released.accuracies(model, records, asked, edits, token_budget)
     rows = []
-    for columns, why in zip(asked, omitted, strict=True):
+    for r, (columns, why) in enumerate(zip(asked, omitted, strict=True)):
         row: dict[str, Any] = {"omitted": why} if why else {}
         for column, (texts, _) in columns.items():
             found = list(islice(scores, len(texts)))
             row[column] = [one.nll for one in found]
-            if column in _ACCURACIES:
-                row[_ACCURACIES[column]] = [one.accuracy for one in found]
+            if name := _ACCURACIES.get(column):
+                row[name] = [again.get((r, column, i), one.accuracy) for i, one in enumerate(found)]
+                if records[r].target_true is None:
+                    row[f"{name}_tokens"] = [one.accuracy for one in found]
         rows.append(row)
     return rows
 
