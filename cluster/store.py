@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -43,19 +44,39 @@ def retry(call: Callable[[], _T], seconds: float) -> _T:
             pause *= 2
 
 
+def _refuse_what_gets_lost(uri: str) -> None:
+    parts = urlsplit(uri)
+    if "#" in uri or (parts.query and parts.scheme == "file"):
+        raise ValueError(
+            "a URI must have its '#' and '?' as %23 and %3F, or pyarrow drops what follows, "
+            f"got {uri}"
+        )
+    if re.search(r"%(?![0-9A-Fa-f]{2})", uri):
+        raise ValueError(f"a URI must have a '%' of a name as %25, got {uri}")
+    if parts.password or "secret_key" in parts.query:
+        raise ValueError(
+            f"a {parts.scheme} URI must have no password in it, since manifests and logs show it; "
+            "set it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+        )
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of files, local (a path) or remote (a URI such as `s3://bucket/folder`).
 
     Names are relative, with `/` between folders. A file is there whole or not at all, however the
     process that writes it ends. Picklable. Relative paths are made absolute when the store is made.
-    Every method raises StoreError where the store does not do what it is asked.
+    A path is taken as it is; in a URI `%`, `#` and `?` of a name are percent-encoded.
+    Making one raises ValueError for a URI of which pyarrow would drop a part, or that has a
+    password. Every method raises StoreError where the store does not do what it is asked.
     """
 
     uri: str
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
+        if "://" in text:
+            _refuse_what_gets_lost(text)
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(text))
 
     @cached_property

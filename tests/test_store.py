@@ -4,7 +4,9 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
+import polars as pl
 import pyarrow as pa
 import pytest
 
@@ -105,3 +107,31 @@ def test_a_write_that_the_disk_refuses_is_the_stores_fault(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert f"{tmp_path}: [Errno 27] File too large" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "a#b", "what?", "ünï", "a%20b", "[x]"])
+def test_odd_names_are_the_same_folder_as_path_and_as_uri(tmp_path: Path, name: str) -> None:
+    table = pa.table({"case_id": [1]})
+    Store(tmp_path / name).write_table(f"{name}/part.parquet", table)
+    uri = Store(f"file://{tmp_path}/{quote(name)}")
+    assert uri.list() == [f"{name}/part.parquet"]
+    assert uri.sub(name).read_table("part.parquet").equals(table)
+    assert pl.read_parquet(uri.sub(name).address("part.parquet"), glob=False).height == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("file:///tmp/a#b", "as %23 and %3F"),
+        ("file:///tmp/a?b", "as %23 and %3F"),
+        ("s3://bucket/a#b", "as %23 and %3F"),
+        ("s3://bucket/50%", "'%' of a name as %25"),
+        ("s3://key:hush@bucket/a", "no password in it"),
+        ("s3://bucket/a?access_key=k&secret_key=hush", "no password in it"),
+    ],
+)
+def test_a_uri_loses_nothing_and_tells_no_secret(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        Store(uri)
+    assert "hush" not in str(caught.value)
