@@ -18,7 +18,7 @@ from cluster.run import FAILURES, once, run
 from cluster.store import Store
 from jobs import cli, second_moment
 from jobs.cli import say
-from jobs.inputs.record_stores import grid_of, record_store
+from jobs.inputs.record_stores import check, grid_of, record_store
 from jobs.inputs.sources import reversed_prompts
 from jobs.reduce import reduce, show
 from jobs.runs import config as configs
@@ -104,7 +104,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
             "Restore it. Or, if this is the config that the run began with, move it away: the same "
             "line writes it again and goes on with the rows that are there.",
         )
-        configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
+        _refuse_another(store, there, now)
+        check(records)
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
         for key, what in _FILES.items():
@@ -112,7 +113,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                 if Path(known["file"]).exists():  # The workers' files may be on other machines.
                     unchanged(known, what)
         return there
-    # Refused at once: what is not there, and what does not fit.
+    # Refused at once: what is not there or not whole, and what does not fit.
+    check(records)
     weights = _weights(config)
     refuse_what_does_not_fit(config, models.outline(config.model.source, config.model.name))
     facts = once(model_facts, config, weights, settings=config.workers)
@@ -136,8 +138,11 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     }
     if config.edits:
         stored_edits.check(config, manifest)
-    manifests.write(store, manifest)
-    return manifest
+    return manifests.claim(store, manifest, lambda there: _refuse_another(store, there, now))
+
+
+def _refuse_another(store: Store, there: dict[str, Any], now: dict[str, Any]) -> None:
+    configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
 
 
 def _weights(config: RunConfig) -> dict[str, str]:

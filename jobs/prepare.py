@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from cluster.lock import LockedError
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
@@ -47,7 +48,7 @@ def _prepare(
     ] = "space",
 ) -> None:
     """Turn a source into a store of records (the default command)."""
-    with cli.errors():
+    with cli.errors(LockedError):
         manifest = prepare(
             source,
             out,

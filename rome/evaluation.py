@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
-from rome.data.records import Record
+from rome.data.records import Record, RecordError
 from rome.editors import Editor
 from rome.edits.deltas import Edit
 from rome.models import EditableModel
@@ -45,10 +46,13 @@ def evaluate(
 
     `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
     tokens of a forward pass at most. `reversed_prompts`: see `Extras`. Seconds are the record's
-    equal share of the batch's.
+    equal share of the batch's. Raises RecordError where one of the records cannot be done.
     """
     began = time.perf_counter()
     edits = editor.edit([record.request for record in records])
+    for edit in edits:
+        if not isfinite(edit.health.get("norm", 0.0)):
+            raise RecordError("the edit is not finite: it holds NaN or infinities")
     edited = time.perf_counter()
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
     scores = probabilities.score_records(model, records, edits, token_budget, extras)

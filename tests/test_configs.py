@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.lock import LockedError, RunLock
+from cluster.store import Store
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
+from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from rome.editors.rome import RomeSettings
@@ -337,3 +340,19 @@ def test_what_does_not_fit_the_model_is_refused_before_a_worker_boots(
     model.name = "tiny"
     with pytest.raises(ConfigError, match=re.escape(said)):
         refuse_what_does_not_fit(config, model)
+
+
+def test_of_two_drivers_on_one_new_directory_the_second_is_told(tmp_path: Path) -> None:
+    """Whoever comes second, with other settings, takes neither the manifest nor the rows."""
+    store = Store(tmp_path)
+
+    def of_another(there: dict[str, Any]) -> None:
+        raise ConfigError(f"it is of {there['name']}")
+
+    first = {"name": "first", "records": 1, "editors": []}
+    assert manifests.claim(store, first, of_another) == first
+    with pytest.raises(ConfigError, match="it is of first"):
+        manifests.claim(store, first | {"name": "second"}, of_another)
+    assert manifests.claim(store, first | {"records": 2}, lambda _: None) == first
+    with RunLock(store.sub("results")), pytest.raises(LockedError):
+        manifests.claim(Store(tmp_path), first, of_another)

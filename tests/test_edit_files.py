@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
+from rome.data.records import RecordError, Request
 from rome.data.results import TOLD_KINDS
+from rome.editors import Editor
 from rome.edits import files as edit_files
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, applied
 from rome.edits.files import EditOrigin
@@ -210,11 +213,66 @@ def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
     other = replace(config, edits=kept.uri)
     scorer = EvaluationTask(Evaluation(other, records, grid, ()))
     assert scorer.run(first)["edit_norm"].to_pylist() == task.run(first)["edit_norm"].to_pylist()
-    with pytest.raises(ValueError, match="keeps no edit of case"):
-        scorer.run(list(grid.leases(group))[1])
+    missing = scorer.run(list(grid.leases(group))[1]).to_pylist()
+    assert [row["status"] for row in missing] == ["error", "error"]
+    assert all("keeps no edit of case" in row["error"] for row in missing)
     with pytest.raises(ValueError, match="keep_edits: true"):
         scorer.run(next(grid.leases(group.replace("rome", "ft"))))
     # The same case ids of other facts.
     stored = stored_edits.StoredEdits(kept, group, task.model, task.fingerprint)
     with pytest.raises(ValueError, match=r"the edit of .* but the record asks for"):
         stored.of(grid.ids(first)).edit(REQUESTS[:2])
+
+
+class Fragile:
+    """ROME that cannot do some subjects, or does them wrong, and counts how often it is asked."""
+
+    def __init__(self, editor: Editor, bad: dict[str, str]) -> None:
+        self.editor, self.bad, self.calls = editor, bad, 0
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        self.calls += 1
+        for request in requests:
+            if self.bad.get(request.subject) == "error":
+                raise RecordError(f"{request.subject} cannot be edited")
+            if self.bad.get(request.subject) == "bug":
+                raise ValueError("a mistake of ours")
+        return [
+            replace(edit, health={**edit.health, "norm": float("nan")})
+            if self.bad.get(edit.request.subject) == "nan"
+            else edit
+            for edit in self.editor.edit(requests)
+        ]
+
+
+def test_a_record_that_cannot_be_done_is_a_row_at_once_and_its_neighbours_are_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(tmp_path)
+    records = Store(tmp_path / "everyday")
+    grid = grid_of(records, config.records, 4)
+    kept = Store(tmp_path / "kept")
+    task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), keep=kept))
+    lease = next(grid.leases("benchmark=everyday/model=tiny/editor=rome"))
+    good = task.run(lease).to_pylist()
+    subjects = [row["subject"] for row in good]
+    fragile = Fragile(task.editors["rome"], {subjects[1]: "error", subjects[3]: "nan"})
+    task.editors["rome"] = fragile
+    rows = task.run(lease).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "error", "ok", "error"]
+    assert [row["attempts"] for row in rows] == [1] * 4
+    assert f"{subjects[1]} cannot be edited" in rows[1]["error"]
+    assert "the edit is not finite" in rows[3]["error"]
+    assert fragile.calls == 1 + 4
+    for n in (0, 2):
+        assert rows[n]["rewrite_nll_new"] == pytest.approx(good[n]["rewrite_nll_new"], rel=1e-6)
+    # The edits of those that are done lie beside the parts of one that they will have.
+    names = {path.name for path in Path(kept.uri).rglob("*.safetensors")}
+    singles = {Path(one.part).stem for one in lease.singles()}
+    assert {name.removesuffix(".safetensors") for name in names} & singles == {
+        Path(lease.singles()[n].part).stem for n in (0, 2)
+    }
+    assert "Traceback" in caplog.text
+    fragile.bad = {subjects[0]: "bug"}
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        task.run(lease)

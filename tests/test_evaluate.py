@@ -213,6 +213,7 @@ def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
     assert status == 3, text
     frame = rows(tmp_path / "run")
     assert frame.filter(case_id=1)["status"].to_list() == ["error", "error"]
+    assert frame["attempts"].unique().to_list() == [1]  # It would have the error again.
     assert frame.filter(pl.col("case_id") != 1)["status"].to_list() == ["ok"] * 4
     assert "case 1" in text
     assert "128 positions" in frame.filter(case_id=1)["error"][0]

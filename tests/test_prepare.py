@@ -14,8 +14,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from typer.testing import CliRunner
 
+from cluster.lock import LockedError
 from cluster.store import Store
-from jobs.inputs.record_stores import describe, prepare
+from jobs.inputs.record_stores import check, describe, prepare
 from jobs.prepare import app
 from rome.data import facts
 from rome.data.facts import Relation
@@ -370,3 +371,46 @@ def test_the_whole_benchmark_has_the_composition_of_the_paper(tmp_path: Path) ->
     assert totals["Subjects"] == 20_391
     assert totals["Objects"] == 749
     assert totals["Counterfactual statements"] == 21_595
+
+
+def test_a_store_whose_shards_are_not_those_of_its_manifest_is_refused(tmp_path: Path) -> None:
+    """Lost, one too many, or changed: a run would be of other records than it says."""
+    source = write(tmp_path / "mine.json", [row(i) for i in range(4)])
+    out = tmp_path / "out"
+    prepare(source, str(out), shard_rows=2)
+    store = Store(out)
+    check(store)
+    second = (out / "shard-00001.parquet").read_bytes()
+    (out / "shard-00002.parquet").write_bytes(second)
+    with pytest.raises(ValueError, match=r"has beside them shard-00002\.parquet"):
+        check(store)
+    (out / "shard-00002.parquet").unlink()
+    (out / "shard-00001.parquet").write_bytes((out / "shard-00000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"other records .* in shard-00001\.parquet"):
+        check(store)
+    (out / "shard-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"lacks shard-00001\.parquet. Restore them"):
+        check(store)
+
+
+def test_of_two_preparations_at_once_one_waits_or_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "mine.json", [row(i) for i in range(40)])
+    out, outcomes = str(tmp_path / "out"), []
+
+    def one(limit: int | None) -> None:
+        try:
+            outcomes.append(prepare(source, out, shard_rows=2, limit=limit)["rows"])
+        except (ValueError, LockedError) as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=one, args=[limit]) for limit in (None, 30, None, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (rows,) = {outcome for outcome in outcomes if isinstance(outcome, int)}
+    assert (
+        sum(len(from_table(Store(out).read_table(name))) for name in Store(out).list("shard-"))
+        == rows
+    )
+    check(Store(out))

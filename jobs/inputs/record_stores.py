@@ -13,12 +13,14 @@ from typing import Any, Literal
 import pyarrow as pa
 from rich.progress import track
 
+from cluster.lock import RunLock
 from cluster.queue import Grid
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
 from jobs.inputs import sources
 from jobs.inputs.sources import benchmarks
+from jobs.runs import manifests
 from jobs.runs.config import SliceConfig
 from jobs.runs.manifests import MANIFEST
 from rome.data.facts import ReferenceText
@@ -83,11 +85,13 @@ def prepare(
         "fingerprint": _fingerprint(records, texts),
     }
     store = Store(out)
-    if store.exists(MANIFEST):
-        _refuse_another(out, json.loads(store.read_bytes(MANIFEST)), manifest)
-        say(f"{out} already holds {content.name}, {len(records):,} records: nothing to do")
-        return manifest
-    _write(store, records, texts, manifest)
+    with RunLock(store):  # Two that write at once would delete each other's shards.
+        if store.exists(MANIFEST):
+            there = manifests.read(store, manifest.keys(), "Remove it and prepare it again.")
+            _refuse_another(out, there, manifest)
+            say(f"{out} already holds {content.name}, {len(records):,} records: nothing to do")
+            return there
+        _write(store, records, texts, manifest)
     say(f"{out}: {content.name} {content.version}, {len(records):,} records written")
     return manifest
 
@@ -121,14 +125,40 @@ def _write(
         store.delete(name)
     size = manifest["rows_per_shard"]
     starts = range(0, len(records), size)
+    shards = {}
     for i, start in enumerate(track(starts, "write shards", console=cli.CONSOLE)):
-        store.write_table(f"shard-{i:05d}.parquet", to_table(records[start : start + size]))
+        name = f"shard-{i:05d}.parquet"
+        store.write_table(name, to_table(records[start : start + size]))
+        shards[name] = _sha256(store, name)
+    manifest["shards"] = shards
     if texts:
         rows = [asdict(text) for text in texts]
         table = pa.Table.from_pylist(rows, schema=REFERENCE_TEXT_SCHEMA)
         store.write_table("reference_texts.parquet", table)
         store.write_table("reference_tfidf.parquet", fit_tfidf([text.text for text in texts]))
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _sha256(store: Store, name: str) -> str:
+    return hashlib.sha256(store.read_bytes(name)).hexdigest()
+
+
+def check(store: Store) -> None:
+    """Raises ValueError where the shards of a store are not those that its manifest says."""
+    way_out = "Restore them, or prepare the records again with jobs.prepare."
+    known = manifests.read(store, ("shards",), way_out)["shards"]
+    there = store.list(prefix="shard-", suffix=".parquet")
+    if odd := sorted(known.keys() ^ set(there)):
+        what = "lacks" if odd[0] in known else "has beside them"
+        raise ValueError(
+            f"{store.uri} must have the {len(known)} shards that its manifest says, but {what} "
+            f"{', '.join(odd[:5])}. {way_out}"
+        )
+    if changed := [name for name in there if _sha256(store, name) != known[name]]:
+        raise ValueError(
+            f"{store.uri} has other records than its manifest says, in {', '.join(changed[:5])}. "
+            + way_out
+        )
 
 
 def _fingerprint(records: Iterable[Record], texts: Iterable[ReferenceText]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.lock import RunLock
 from cluster.store import Store
 
 MANIFEST = "manifest.json"
@@ -43,8 +44,25 @@ def benchmark(records: Store) -> dict[str, Any]:
     return {key: manifest[key] for key in keys}
 
 
+def claim(
+    store: Store, manifest: dict[str, Any], of_another: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Commit a run's manifest, under the lock of its results, and return it.
+
+    A driver that came at the same time may have been first: then its manifest is returned, if
+    `of_another` does not refuse it. Raises LockedError while another driver works there.
+    """
+    with RunLock(store.sub("results")):
+        if store.exists(MANIFEST):
+            there = read(store, manifest.keys())
+            of_another(there)
+            return there
+        write(store, manifest)
+    return manifest
+
+
 def write(store: Store, manifest: Mapping[str, Any]) -> None:
-    """Commit a run's manifest."""
+    """Commit a manifest in a folder whose lock is held."""
     store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 

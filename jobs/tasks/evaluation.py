@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from cluster.queue import Grid, Lease
 from cluster.store import Store
+from cluster.worker import describe_error
 from jobs.runs.config import RunConfig
 from jobs.runs.manifests import unchanged
 from jobs.runs.parts import hive_path, hive_values
@@ -25,6 +27,7 @@ from jobs.tasks.stored_edits import StoredEdits
 from rome import second_moment
 from rome.analysis.summary import record_metrics
 from rome.data import records
+from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK, RESULT_SCHEMA
 from rome.editors import EDITORS, Editor, Resources, hypernetwork
 from rome.edits.deltas import Edit
@@ -33,7 +36,7 @@ from rome.edits.sequences import grouped, turns
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
-from rome.scoring.text_metrics import ReferenceTexts
+from rome.scoring.text_metrics import ReferenceTexts, words
 from rome.second_moment import Solver
 
 
@@ -75,6 +78,8 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
 
+log = logging.getLogger(__name__)
+
 _Done = tuple[dict[str, Any], Edit | None]
 
 
@@ -101,6 +106,8 @@ class EvaluationTask:
             if not evaluation.config.takes_stored(name)
         }
         self._stored = cache(self._stored_edits)
+        if config.scoring.generation:
+            words("")  # GE's data is missed now, and not after the first lease.
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}
@@ -122,7 +129,7 @@ class EvaluationTask:
         if evaluation.keep and evaluation.config.kind(name) != "none":
             model = evaluation.config.model.name
             origin = EditOrigin(editor=name, model=model, model_fingerprint=self.fingerprint)
-            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done if edit], origin)
+            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
         return _table(
             [
                 evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
@@ -146,23 +153,50 @@ class EvaluationTask:
         ids = evaluation.grid.ids(lease)
         shard = self._shard(lease.shard)
         chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
-        stored = evaluation.config.takes_stored(name := hive_values(lease.group)["editor"])
-        editor = self._stored(lease.group).of(ids) if stored else self.editors[name]
+        name = hive_values(lease.group)["editor"]
         found = records.from_table(chosen)
+        if evaluation.config.takes_stored(name):
+            stored = self._stored(lease.group)
+            return self._scored(lambda some: stored.of([one.case_id for one in some]), found)
+        if evaluation.config.grouping(name).size == 1:
+            return self._scored(lambda _: self.editors[name], found)
         done: list[_Done] = []
-        for one, places in turns(editor, len(found)):
-            rows, edits = evaluate(
-                self.model,
-                one,
-                [found[place] for place in places],
-                evaluation.config.scoring,
-                self.references,
-                self.token_budget,
-                evaluation.reversed_prompts,
-            )
-            kept = edits if evaluation.keep else [None] * len(rows)
-            done += zip(rows, kept, strict=True)
+        try:
+            for editor, places in turns(self.editors[name], len(found)):
+                done += self._at_once(editor, [found[place] for place in places])
+        except RecordError as error:
+            # The model that the records share cannot be had.
+            return [self._failed(record, error) for record in found]
         return done
+
+    def _scored(
+        self, editor: Callable[[Sequence[Record]], Editor], some: Sequence[Record]
+    ) -> list[_Done]:
+        """The rows of records, each with a model of its own: one that cannot be done has its error,
+        at once, since it would have it again."""
+        try:
+            return self._at_once(editor(some), some)
+        except RecordError as error:
+            if len(some) == 1:
+                return [self._failed(some[0], error)]
+        return [done for record in some for done in self._scored(editor, [record])]
+
+    def _failed(self, record: Record, error: RecordError) -> _Done:
+        log.warning("case %d cannot be done", record.case_id, exc_info=error)
+        return {"case_id": record.case_id, "status": ERROR, "error": describe_error(error)}, None
+
+    def _at_once(self, editor: Editor, some: Sequence[Record]) -> list[_Done]:
+        evaluation = self.evaluation
+        rows, edits = evaluate(
+            self.model,
+            editor,
+            some,
+            evaluation.config.scoring,
+            self.references,
+            self.token_budget,
+            evaluation.reversed_prompts,
+        )
+        return list(zip(rows, edits if evaluation.keep else [None] * len(rows), strict=True))
 
     def _stored_edits(self, group: str) -> StoredEdits:
         assert self.evaluation.config.edits is not None

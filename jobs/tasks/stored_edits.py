@@ -16,7 +16,7 @@ from cluster.store import Store
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
-from rome.data.records import Request
+from rome.data.records import RecordError, Request
 from rome.editors import Editor
 from rome.edits import files as edit_files
 from rome.edits.deltas import Edit
@@ -27,9 +27,15 @@ from rome.options import ConfigError
 _EDITS, _RESULTS = "edits", "results"
 
 
-def keep(run: Store, lease: Lease, edits: Sequence[Edit], origin: EditOrigin) -> None:
-    """Commit the edits of a lease's rows."""
-    run.write_bytes(_file_of(lease.part), edit_files.dumps(edits, origin))
+def keep(run: Store, lease: Lease, edits: Sequence[Edit | None], origin: EditOrigin) -> None:
+    """Commit the edits of a lease's rows; where one has none, each alone, as their parts are."""
+    whole = [edit for edit in edits if edit is not None]
+    if len(whole) == len(edits):
+        run.write_bytes(_file_of(lease.part), edit_files.dumps(whole, origin))
+        return
+    for single, edit in zip(lease.singles(), edits, strict=True):
+        if edit is not None:
+            run.write_bytes(_file_of(single.part), edit_files.dumps([edit], origin))
 
 
 def _file_of(part: str) -> str:
@@ -63,13 +69,13 @@ class StoredEdits:
         return _Looked(self, case_ids)
 
     def find(self, case_id: int, request: Request) -> Edit:
-        """Raises ValueError where the record's edit is not there, or of another request."""
+        """Raises RecordError where the record's edit is not there, or of another request."""
         if case_id not in self._places:
-            raise ValueError(f"{self._run.uri} keeps no edit of case {case_id}")
+            raise RecordError(f"{self._run.uri} keeps no edit of case {case_id}")
         file, row = self._places[case_id]
         edit = self._read(file)[row]
         if edit.request != request:
-            raise ValueError(
+            raise RecordError(
                 f"{self._run.uri} keeps for case {case_id} the edit of {edit.request}, but the "
                 f"record asks for {request}; use the records of that run"
             )

@@ -18,6 +18,10 @@ LIST_SIZES = {
 }
 
 
+class RecordError(ValueError):
+    """A record cannot be done, by this model and editor, however often it is tried."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One fact to write: `prompt` holds exactly one `{}`, where `subject` goes."""

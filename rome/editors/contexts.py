@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rome.data.records import Request
+from rome.data.records import RecordError, Request
 from rome.models import EditableModel, caches, costs, prompts
 from rome.models.hooks import hooked
 from rome.models.prompts import Encoded
@@ -50,7 +50,7 @@ def contexts(
 ) -> Contexts:
     """Encode a request in every context template; the pivot is the token of a position.
 
-    Raises ValueError where a template or prompt does not hold exactly one `{}`, or where one token
+    Raises RecordError where a template or prompt does not hold exactly one `{}`, or where one token
     holds the subject's end and the target's beginning.
     """
     filled = [_fill(template, request.prompt) for template in templates]
@@ -62,7 +62,7 @@ def contexts(
         start = prompts.target_start(row, text)
         pivot = _pivot(row, context, request.subject, position, start)
         if start <= pivot:
-            raise ValueError(
+            raise RecordError(
                 f"the target {request.target!r} must begin after the subject's last token, "
                 f"but this tokenizer merges them in {text!r}; choose another prompt"
             )
@@ -93,7 +93,7 @@ def _pivot(encoded: Encoded, prompt: str, subject: str, position: Position, end:
 
 def _fill(template: str, text: str) -> str:
     if template.count("{}") != 1:
-        raise ValueError(f"a template or prompt must contain exactly one '{{}}', got {template!r}")
+        raise RecordError(f"a template or prompt must contain exactly one '{{}}', got {template!r}")
     return template.replace("{}", text)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from rome.data.records import Request
+from rome.data.records import RecordError, Request
 from rome.edits.deltas import Edit, LowRankDelta, total_norm
 from rome.models import EditableModel, caches, costs, memory, prompts
 from rome.models.hooks import hooked
@@ -97,7 +97,7 @@ class KnowledgeNeurons:
 
     def _fact(self, request: Request) -> _Fact:
         if request.target_true is None:
-            raise ValueError(
+            raise RecordError(
                 "knowledge neurons are those of the true target, and the request "
                 f"'{request.text}' has none; give its target_true"
             )

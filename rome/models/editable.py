@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rome.data.records import RecordError
 from rome.models import attention, kernels
 from rome.models.families import UnsupportedModelError, family_of
 from rome.models.files import transformers_path
@@ -167,12 +168,12 @@ class EditableModel:
         return digest.hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokens of whole texts. Raises ValueError for one with more than the model's positions."""
+        """Tokens of whole texts. Raises RecordError for one beyond the model's positions."""
         encoded = encode(self.tokenizer, texts)
         limit = self.hf.config.max_position_embeddings
         for text, row in zip(texts, encoded, strict=True):
             if len(row.ids) > limit:
-                raise ValueError(
+                raise RecordError(
                     f"a text must fit into {self.name}'s {limit} positions, got {len(row.ids)} "
                     f"tokens: '{text[:60]}...'; shorten it or leave its record out"
                 )
@@ -181,14 +182,14 @@ class EditableModel:
     def encode_targets(self, asked: Sequence[tuple[str, str, str]]) -> list[Text]:
         """The tokens in which each (prompt, target, separator) is scored.
 
-        Raises ValueError as `encode` does, and where no token comes before the target.
+        Raises RecordError as `encode` does, and where no token comes before the target.
         """
         encoded = self.encode([with_target(*one) for one in asked])
         texts = []
         for (prompt, _, _), row in zip(asked, encoded, strict=True):
             start = target_start(row, prompt)
             if start == 0:
-                raise ValueError(f"a target needs a token before it, got the prompt {prompt!r}")
+                raise RecordError(f"a target needs a token before it, got the prompt {prompt!r}")
             texts.append(Text(row.ids, start))
         return texts
 

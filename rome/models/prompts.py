@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from rome.data.records import RecordError
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -85,7 +87,7 @@ def target_start(encoded: Encoded, prompt: str) -> int:
     for i, ((start, stop), special) in enumerate(zip(encoded.spans, encoded.special, strict=True)):
         if not special and (start >= end or stop > end):
             return i
-    raise ValueError(f"no token of a target follows the prompt {prompt!r}; is the target empty?")
+    raise RecordError(f"no token of a target follows the prompt {prompt!r}; is the target empty?")
 
 
 def subject_last(encoded: Encoded, prompt: str, subject: str) -> int:
@@ -101,7 +103,7 @@ def subject_last(encoded: Encoded, prompt: str, subject: str) -> int:
         start, stop = encoded.spans[i]
         if not encoded.special[i] and start <= last < stop:
             return i
-    raise ValueError(f"the subject {subject!r} has no token in the prompt {prompt!r}")
+    raise RecordError(f"the subject {subject!r} has no token in the prompt {prompt!r}")
 
 
 def subject_tokens(encoded: Encoded, prompt: str, subject: str) -> range:

@@ -20,6 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from rome.data.records import RecordError
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, caches, costs, memory, prompts
 
@@ -49,14 +50,14 @@ def continuations(
     """The `steps` tokens that follow each row; the rows with the most steps come first.
 
     Rows that are complete leave the batch, or run on unread where that is cheaper. Raises
-    ValueError for a text that is longer than the model's positions.
+    RecordError for a text that is longer than the model's positions.
     """
     if not rows or rows[0].steps < 1:
         return [[] for _ in rows]
     limit = model.hf.config.max_position_embeddings
     longest = max(len(row.ids) + row.steps for row in rows if row.steps)
     if longest > limit + 1:  # The last token that is said needs no position.
-        raise ValueError(
+        raise RecordError(
             f"a text must fit into {model.name}'s {limit} positions, got {longest} tokens; "
             "ask for shorter texts"
         )
