@@ -391,6 +391,13 @@ def test_a_store_whose_shards_are_not_those_of_its_manifest_is_refused(tmp_path:
     (out / "shard-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"lacks shard-00001\.parquet. Restore them"):
         check(store)
+    old = json.loads((out / "manifest.json").read_text())
+    del old["shards"]
+    (out / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"must have the 4 records .* has 2\. Restore them"):
+        check(store)
+    (out / "shard-00001.parquet").write_bytes(second)
+    check(store)
 
 
 def test_of_two_preparations_at_once_one_waits_or_is_refused(tmp_path: Path) -> None:
