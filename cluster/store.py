@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,7 +53,7 @@ def _refuse_what_gets_lost(uri: str) -> None:
         )
     if re.search(r"%(?![0-9A-Fa-f]{2})", uri):
         raise ValueError(f"a URI must have a '%' of a name as %25, got {uri}")
-    if parts.password or "secret_key" in parts.query:
+    if parts.password or re.search(r"secret_key|//[^/@]*:[^/@]*@", unquote(parts.query)):
         raise ValueError(
             f"a {parts.scheme} URI must have no password in it, since manifests and logs show it; "
             "set it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"

@@ -165,9 +165,8 @@ def _compute(
     fingerprint: str,
 ) -> None:
     """Compute the second moments of some layers and write their files."""
-    layers, name = tuple(files), config.model.name
-    folder = next(iter(files.values())).parent
-    parts = Store(folder / f"unfinished-{'-'.join(map(str, layers))}-{key}")
+    name = config.model.name
+    layers, parts = _unfinished(next(iter(files.values())).parent, tuple(files), key)
     corpus = corpora.prepare(chosen, outline, parts)
     grid = Grid((tuple(range(corpus.chunks)),), _lease_chunks(config.workers, corpus, parts))
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
@@ -199,12 +198,24 @@ def _compute(
                 f"layer {layer} of {name}, corpus {chosen.corpus}, "
                 f"model.second_moment.tokens={chosen.tokens}: {error}"
             ) from None
+        half = f", half the tokens differ by {100 * found['half']:.2g} %" if "half" in found else ""
         say(
             f"layer {layer}: {found['tokens']:,} tokens, condition number "
-            f"{found['condition_number']:.3g}, half the tokens give a C that is "
-            f"{100 * found['half']:.2g} % from it, {outcome.seconds:.0f} s: {file}"
+            f"{found['condition_number']:.3g}{half}, {outcome.seconds:.0f} s: {file}"
         )
     shutil.rmtree(parts.uri)
+
+
+def _unfinished(folder: Path, missing: tuple[int, ...], key: str) -> tuple[tuple[int, ...], Store]:
+    """The layers and the sums of a pass: of one that was stopped and has these, or of a new one.
+
+    Of a pass that was stopped while it wrote its files, some layers are there and not missing.
+    """
+    for begun in sorted(folder.glob(f"unfinished-*-{key}")):
+        layers = tuple(map(int, begun.name.split("-")[1:-1]))
+        if set(missing) <= set(layers):
+            return layers, Store(begun)
+    return missing, Store(folder / f"unfinished-{'-'.join(map(str, missing))}-{key}")
 
 
 def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:

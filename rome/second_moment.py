@@ -31,6 +31,10 @@ class UnsolvableError(ValueError):
     """C has no inverse: its keys do not span the space of keys."""
 
 
+class SpoiledError(Exception):
+    """Sums of which a part is missing, or there twice, are of no use."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MomentOrigin:
     """The model and corpus behind a second moment."""
@@ -111,7 +115,7 @@ def accumulate(
     `sums`, if they are given, in place.
 
     One forward pass for all layers, as far as the last of them. Raises ValueError where a key is
-    not finite, or the model has no such layer.
+    not finite, or the model has no such layer, and SpoiledError where memory ends within a sum.
     """
     weights = {layer: model.weight_name(layer) for layer in layers}
     moments = dict(sums) or {
@@ -131,10 +135,18 @@ def accumulate(
         batch = prompts.pad(rows, model.device)
         model.run(batch.ids_BT, batch.mask_BT, batch.positions_BT, base=base)
         real_BT = batch.mask_BT.bool()
-        # All that may not fit into memory comes before the first sum changes.
+        # Once a sum has changed, a batch cannot be tried again in halves.
         keys = {n: seen[n][real_BT.to(seen[n].device)] for n in layers}
-        for layer, keys_TK in keys.items():
-            moments[layer].add(keys_TK)
+        try:
+            for layer, keys_TK in keys.items():
+                moments[layer].add(keys_TK)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            raise SpoiledError(
+                f"the products of keys of layers {list(layers)} do not fit into memory beside the "
+                "model: give each worker more of it, or compute fewer layers at a time"
+            ) from None
         return [None] * len(rows)
 
     with hooked(*hooks):

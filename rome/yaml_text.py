@@ -22,8 +22,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first: dict[Any, int] = {}
-        self.flatten_mapping(node)
         for key_node, _ in node.value:
+            if key_node.tag.endswith(":merge"):  # What stands beside it overrides it.
+                continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, str):
                 written = getattr(key_node, "value", key)
@@ -35,6 +36,19 @@ class _Loader(yaml.SafeLoader):
                 raise YamlError(f"line {line}: the key {key!r} is in line {first[key]} already")
             first[key] = line
         return super().construct_mapping(node, deep)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Not as YAML 1.1 has it, where 0100 is 64 and 1:30 is 90."""
+    text = str(node.value)
+    if ":" in text or re.match(r"[-+]?0[0-9_]", text):
+        raise YamlError(
+            f"line {node.start_mark.line + 1}: {text} is another number in YAML than it seems; "
+            "write it without leading zeros or colons, or quote it"
+        )
+    kind = node.tag.rpartition(":")[2]
+    make = loader.construct_yaml_int if kind == "int" else loader.construct_yaml_float
+    return make(node)
 
 
 class _TextLoader(_Loader):
@@ -50,6 +64,8 @@ class _TextLoader(_Loader):
         return value
 
 
+for _kind_of in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind_of}", _number)
 # YAML 1.1, which PyYAML reads, takes 1e-6 for text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

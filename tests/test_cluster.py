@@ -89,7 +89,7 @@ def test_a_killed_worker_loses_and_duplicates_nothing(tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    outcome = drive(tmp_path, TWO, seconds=0.05)
+    outcome = drive(tmp_path, TWO, seconds=0.2)
     killer.join()
     assert len(pids.read_text().split()) == 3
     assert (outcome.done, outcome.dead, outcome.duplicates) == (2 * len(CASES), [], 0)

@@ -296,6 +296,10 @@ def test_difference_names_each_key_that_differs(run_file: Path) -> None:
         ("editors.rome.value.steps='5'", "steps: Input should be a valid integer, got '5'"),
         ("model.second_moment.tokens=1e30", "tokens"),
         ("templates.texts=[]", "texts must begin with the bare '{}', got []"),
+        (
+            "templates.texts=['{}', no brace]",
+            "must have '{}' exactly once, got 'no br",
+        ),
         ("templates.lengths=[[1, 10]]", "tokens of lengths must be from 2 to 10000, got 1"),
         ("records.case_id_below=0", "case_id_below must be at least 1, got 0"),
         ("workers.workers=-1", "workers must be from 0 to 100000, got -1"),

@@ -86,6 +86,7 @@ def test_a_comma_without_quotes_is_a_bad_row_and_with_quotes_none(tmp_path: Path
         (FACTS + 'sings,,"Eve,low\nsings,,Max,high\n', "line 4: .*quote in it as"),
         (FACTS + 'sings,,"Eve\nsings,,Max",low\n', "line 4: a cell must be of one line"),
         (FACTS + 'sings,,"E"ve,low\n', "line 4: .*quote in it as"),
+        (FACTS + 'sings,, "E"ve,low\n', "line 4: .*quote in it as"),
         (HEADER.replace("object", "subject"), r"no \['object'\]"),
         (HEADER.strip() + ",subject\n", "line 1: a column must stand once"),
     ],
@@ -100,6 +101,21 @@ def test_stray_quotes_and_repeated_columns_swallow_nothing(
 def test_a_long_field_is_no_traceback(tmp_path: Path) -> None:
     long = "x" * 200_000
     assert long in facts(read(tmp_path / "f.csv", FACTS + f"sings,,{long},low\n"))
+
+
+def test_spaces_before_quotes_are_none_of_the_cell(tmp_path: Path) -> None:
+    found = read(tmp_path / "f.csv", FACTS + 'sings, , "Eve, Jr.", "low"\n')
+    assert facts(found)["Eve, Jr."] == "low"
+
+
+def test_a_relation_whose_first_row_is_bad_has_bad_rows_and_spoils_no_other(tmp_path: Path) -> None:
+    text = FACTS + "dances,{} dances,King, Jr.,well\ndances,,Max,badly\n"
+    found = read(tmp_path / "f.csv", text)
+    assert facts(found) == {"Ada": "low", "Bob": "high"}
+    assert ["line 4: there must be 4" in found.invalid[0], "line 5: " in found.invalid[1]] == [
+        True,
+        True,
+    ]
 
 
 # YAML
@@ -135,6 +151,12 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
     text = "{a: 1e-6, b: -2E3, c: 1e+2, d: 1.5e3, e: e3, f: 1e, g: 0x10}"
     expected = {"a": 1e-6, "b": -2e3, "c": 100.0, "d": 1500.0, "e": "e3", "f": "1e", "g": 16}
     assert yaml_text.load(text) == expected
+    merged = "base: &b {x: 1, y: 2}\nown:\n  <<: *b\n  x: 3\n"
+    assert yaml_text.load(merged)["own"] == {"x": 3, "y": 2}
+    for odd in ("0100", "1:30", "-07", "1:30.5"):
+        with pytest.raises(YamlError, match=r"line 1: .* another number in YAML than it seems"):
+            yaml_text.load(f"a: {odd}")
+    assert yaml_text.load("{a: '0100', b: 0.5, c: 0}") == {"a": "0100", "b": 0.5, "c": 0}
     with pytest.raises(YamlError, match="line 2: the key 'a' is in line 1"):
         yaml_text.load("a: 1\na: 2\n")
 
@@ -153,6 +175,14 @@ def test_rows_of_every_container(tmp_path: Path) -> None:
     assert load(str(tmp_path / "c.zip")).records == expected
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     assert load(str(tmp_path / "d.parquet")).records == expected
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr("mac.json", json.dumps(rows))
+        archive.writestr("__MACOSX/._mac.json", b"\0")
+    assert load(str(tmp_path / "mac.zip")).records == expected
+    assert read(tmp_path / "one.jsonl", json.dumps(rows[0])).records == expected[:1]
+    assert read(tmp_path / "blank.jsonl", b"\n" + lines).records == expected
+    cut = read(tmp_path / "cut.jsonl", b"{cut\n" + lines)
+    assert (cut.records, len(cut.invalid)) == (expected, 1)
     bad = read(tmp_path / "e.jsonl", lines + b"\n{cut")
     assert (bad.records, len(bad.invalid)) == (expected, 1)
     assert "e.jsonl, line 4 (case_id 2): a record must be a mapping, got {cut" in bad.invalid[0]
@@ -166,6 +196,7 @@ def test_rows_of_every_container(tmp_path: Path) -> None:
         (b"PAR1 and no more", "not a whole Parquet file"),
         ("[" * 200_000, "not JSON"),
         (b"PK\x03\x04 damaged", "damaged archive"),
+        (gzip.compress(gzip.compress(b"[]")), "an archive in an archive"),
     ],
 )
 def test_what_is_none_is_named_for_what_it_is(
@@ -234,6 +265,14 @@ def test_easyedits_rows_are_read_and_knowedits_named(tmp_path: Path) -> None:
                ("Bob dances",), (), (), "well")
     ]  # fmt: skip
     assert "subject 'Eve' exactly once" in found.invalid[0]
+    bare = {key: row[key] for key in ("prompt", "subject", "target_new", "locality_ground_truth")}
+    found = read(
+        tmp_path / "c.json", json.dumps([bare | {"ground_truth": " low", "case_id": None}])
+    )
+    assert "target_true must not begin or end with white space" in found.invalid[0]
+    found = read(tmp_path / "d.json", json.dumps([bare | {"ground_truth": "low"}]))
+    (only,) = found.records
+    assert (only.case_id, only.neighborhood_target, only.separator) == (0, None, " ")
     found = read(tmp_path / "b.json", json.dumps([row | {"locality": {}, "portability": {}}]))
     assert "a row of KnowEdit" in found.invalid[0]
 
@@ -298,6 +337,29 @@ def test_what_stands_before_a_target_is_a_setting_of_the_records(tmp_path: Path)
         found[way] = [one.separator for one in from_table(table)]
         assert json.loads((out / "manifest.json").read_text())["separator"] == way
     assert found == {"space": [" ", " ", ""], "none": ["", "", ""], "script": ["", " ", " "]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "separator"),
+    [
+        ("{}位于：", ""),
+        ("{}的首都是哪里？", ""),
+        ("{}は「", ""),
+        ("{} ｱ", ""),
+        ("{} is in:", " "),
+        ("{} 1:", ""),
+    ],
+)
+def test_the_last_letter_of_a_prompt_says_its_script(prompt: str, separator: str) -> None:
+    assert by_script(Record.from_counterfact(record(prompt=prompt, subject="甲国"))).separator == (
+        separator
+    )
+
+
+def test_no_separator_in_a_column_that_others_use_is_the_usual_one(tmp_path: Path) -> None:
+    rows = [record(0, separator=None), record(1, separator="")]
+    found = read(tmp_path / "a.json", json.dumps(rows))
+    assert [one.separator for one in found.records] == [" ", ""]
 
 
 def test_targets_are_edited_and_scored_where_they_stand() -> None:

@@ -136,7 +136,7 @@ def test_models_and_layers_that_it_cannot_edit_are_refused() -> None:
         memit(tiny.model("olmo2"), CLAMPED)
     with pytest.raises(ValueError, match=r"ascending order, got \(3, 2\)"):
         MemitSettings(layers=(3, 2))
-    with pytest.raises(ValueError, match="above 0, got 0"):
+    with pytest.raises(ValueError, match="second_moment_weight must be from 1e-12"):
         MemitSettings(second_moment_weight=0)
     with pytest.raises(ValueError, match="the first context template"):
         Memit(tiny.model("gpt2"), CLAMPED, ["no {}"], {}, BUDGET)

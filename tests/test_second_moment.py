@@ -13,13 +13,16 @@ from rome.second_moment import (
     MomentOrigin,
     SecondMoment,
     Solver,
+    SpoiledError,
     UnsolvableError,
+    accumulate,
     import_npz,
     load,
     load_solver,
     merge,
     save,
 )
+from tests.support import tiny
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
 
@@ -213,3 +216,22 @@ def test_products_in_float32_are_as_good_as_in_float64() -> None:
         exact.add(some_TK.double())
     error = (moment.sum_KK - exact.sum_KK).norm() / exact.sum_KK.norm()
     assert 0 < error < 2e-7
+
+
+def test_memory_that_ends_within_a_sum_counts_no_token_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("gpt2")
+    add, calls = SecondMoment.add, []
+
+    def short(self: SecondMoment, keys_TK: Tensor) -> None:
+        calls.append(len(keys_TK))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add(self, keys_TK)
+
+    monkeypatch.setattr(SecondMoment, "add", short)
+    texts = [list(range(5, 15)), list(range(7, 30))]
+    with pytest.raises(SpoiledError, match=r"layers \[0, 1\] do not fit into memory"):
+        accumulate(model, [0, 1], texts)
+    assert len(calls) == 2

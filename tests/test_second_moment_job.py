@@ -193,6 +193,32 @@ def test_bytes_follow_the_workers_and_not_the_tokens(
     assert chunks[1] > 3 * chunks[0]
 
 
+def test_a_pass_that_stopped_while_it_wrote_its_files_is_not_begun_anew(
+    folder: Path, computed: dict[int, Path], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_one(*args: Any, **settings: Any) -> Any:
+        if list(workspace.rglob("layer-*.safetensors")):
+            raise KeyboardInterrupt
+        return once(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(second_moment, "once", after_one)
+        with pytest.raises(KeyboardInterrupt):
+            ensure(config_of(folder))
+    written = {path: path.stat().st_mtime_ns for path in workspace.rglob("part-*.parquet")}
+    assert written
+
+    def look(*args: Any, **settings: Any) -> Any:
+        assert written == {path: path.stat().st_mtime_ns for path in written}
+        return once(*args, **settings)
+
+    monkeypatch.setattr(second_moment, "once", look)
+    files = ensure(config_of(folder))
+    assert {path.name for path in workspace.rglob("*") if path.is_file()} == {
+        Path(file).name for file in files.values()
+    }
+
+
 def test_a_chunk_in_two_parts_counts_once(tmp_path: Path) -> None:
     """As after a worker that was taken for dead has written its lease at last."""
     parts = Store(tmp_path)

@@ -128,6 +128,7 @@ def test_odd_names_are_the_same_folder_as_path_and_as_uri(tmp_path: Path, name: 
         ("s3://bucket/a#b", "as %23 and %3F"),
         ("s3://bucket/50%", "'%' of a name as %25"),
         ("s3://key:hush@bucket/a", "no password in it"),
+        ("s3://bucket/a?endpoint_override=http%3A%2F%2Fu%3Ahush%40host", "no password in it"),
         ("s3://bucket/a?access_key=k&secret_key=hush", "no password in it"),
     ],
 )

@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import decoders
 from typer.testing import CliRunner
 
 from cluster.store import Store
@@ -208,6 +209,25 @@ def as_released(model: EditableModel, prompt: str, target: str) -> list[bool]:
         found = oracle.log_probabilities(model, tokenizer(text)["input_ids"])[-1].argmax()
         hits.append(int(found) == wanted)
     return hits
+
+
+def test_a_token_that_decodes_to_nothing_is_asked_for_itself() -> None:
+    """As the space before a character of bytes in Llama 2's tokenizer."""
+    tokenizer = tiny.tokenizer("metaspace")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    model = tiny.model("llama", "float64", "metaspace")
+    model.tokenizer = tokenizer
+    assert tokenizer.decode(tokenizer(" 東京", add_special_tokens=False)["input_ids"][:1]) == ""
+    record = Record.from_zsre(row(answers=["東京"]), 0)
+    (found,) = score_records(model, [record], [Edit(record.request)], 300)
+    assert 0 <= found["rewrite_accuracy"][0] <= 1
 
 
 @pytest.mark.parametrize("family", MAIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,20 +23,34 @@ _LFS, _PARQUET, _GZIP, _ZIP = b"version https://git-lfs", b"PAR1", b"\x1f\x8b", 
 def unzipped(data: bytes) -> bytes:
     """The content of a gzip, or of a zip of one file; other data as it is.
 
-    Raises ValueError where it is damaged, of several files, or of more than MOST_BYTES.
+    Raises ValueError where it is damaged, locked, of several files, of another archive, or of more
+    than MOST_BYTES.
     """
+    content = _content(data)
+    if content is not data and content.startswith((_GZIP, _ZIP)):
+        raise ValueError("it is an archive in an archive: unzip it once")
+    return content
+
+
+def _content(data: bytes) -> bytes:
     try:
         if data.startswith(_GZIP):
             return _bounded(gzip.GzipFile(fileobj=io.BytesIO(data)))
         if data.startswith(_ZIP):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                names = [info.filename for info in archive.infolist() if not info.is_dir()]
+                names = [
+                    info.filename
+                    for info in archive.infolist()
+                    if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+                ]
                 if len(names) != 1:
                     raise ValueError(f"a zip must hold one file, but holds {names[:5]}: unzip it")
                 with archive.open(names[0]) as file:
                     return _bounded(file)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise ValueError(f"it is a damaged archive: {error}") from error
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"it is an archive that cannot be opened: {error}") from error
     return data
 
 
@@ -63,10 +78,13 @@ def rows(data: bytes) -> Iterator[tuple[str, Any]]:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         lines = data.splitlines()
-        if not _is_object(lines[0] if lines else b""):
+        # One that is cut is a bad row among others.
+        if not any(_is_object(line) for line in [one for one in lines if one.strip()][:2]):
             raise ValueError(f"it is not JSON: {error}") from error
         yield from _of_lines(lines)
         return
+    if isinstance(found, dict) and found:
+        found = [found]  # JSON lines of one line.
     if not isinstance(found, list):
         raise ValueError(f"it must hold a list, got a {type(found).__name__}")
     yield from ((f"row {i}", row) for i, row in enumerate(found, 1))

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPException
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from jobs.cli import CONSOLE
 from jobs.inputs import formats
 from rome.data import facts
 from rome.data.facts import ReferenceText
-from rome.data.records import Record, from_row
+from rome.data.records import Record, check_whole, from_row
 from rome.paths import CONFIGS
 
 _TIMEOUT_S = 60
@@ -92,8 +92,8 @@ def load(source: str, limit: int | None = None) -> Source:
     path = PurePosixPath(urlsplit(location).path if _is_url(location) else location)
     path = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
     name, version = (benchmark.name, benchmark.version) if benchmark else (path.stem, digest[:12])
-    if path.suffix in (".yaml", ".yml", ".csv"):
-        records, texts, invalid = _from_facts(location, path.suffix, data)
+    if (suffix := path.suffix.lower()) in (".yaml", ".yml", ".csv"):
+        records, texts, invalid = _from_facts(location, suffix, data)
         return Source(name, version, digest, records[:limit], invalid, texts)
     named = ((f"{location}, {place}", row) for place, row in _rows(location, data))
     return Source(name, version, digest, *_check(islice(named, limit)))
@@ -113,7 +113,9 @@ def reference_texts(location: str) -> list[ReferenceText]:
             rows = [[*key, sample["name"], sample["text"]] for sample in entry["samples"]]
             if not all(isinstance(value, str) for row in rows for value in row):
                 raise TypeError("all four must be texts")
-        except (KeyError, TypeError) as error:
+            for value in chain.from_iterable(rows):
+                check_whole("a text", value)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{location}, {place}: must be {{relation_id, target_id, samples: "
                 f"[{{name, text}}]}}, got {str(entry)[:200]} ({error!r})"

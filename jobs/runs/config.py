@@ -88,6 +88,8 @@ class TemplateConfig:
             within("texts of lengths", number, 1, 10_000)
         if self.texts is not None and self.texts[:1] != ("{}",):
             raise ValueError(f"texts must begin with the bare '{{}}', got {list(self.texts)[:1]}")
+        if odd := [text for text in self.texts or () if text.count("{}") != 1]:
+            raise ValueError(f"each of texts must have '{{}}' exactly once, got {odd[0]!r}")
 
 
 @configurable(kw_only=True, token_budget=1, lease_records=(1, 1_000_000))

@@ -102,12 +102,14 @@ def write(
 ) -> dict[str, float]:
     """Merge the sums of a layer and write its file: a worker's work, which holds the matrices.
 
-    Returns its `tokens`, `condition_number`, and `half`: the distance of the C of about half the
-    tokens, relative. Raises UnsolvableError, and ValueError where the sums are not of the origin's
-    weights.
+    Returns its `tokens`, `condition_number`, and where it has several parts, `half`: the relative
+    distance of the C of half the tokens or more. Raises UnsolvableError, and ValueError where the
+    sums are not of the origin's weights.
     """
     total, half, device = None, None, one_device(device)
-    for part in _covering(parts, len(grid)):
+    chosen = _covering(parts, len(grid))
+    counts = [parts.read_table(part, ["count"])["count"][0].as_py() for part in chosen]
+    for part in chosen:
         row = parts.read_table(part, ["model_fingerprint", "count", _column(layer)]).slice(0, 1)
         (fingerprint,) = row["model_fingerprint"].to_pylist()
         if fingerprint != origin.model_fingerprint:
@@ -117,17 +119,15 @@ def write(
             )
         (count,) = row["count"].to_pylist()
         sum_KK = _unpacked(row[_column(layer)][0].as_buffer()).to(device)
-        half = half or total
         total = merge(filter(None, (total, SecondMoment(sum_KK, count))))
+        if half is None and len(chosen) > 1 and 2 * total.count >= sum(counts):
+            half = total.mean()
     assert total is not None
-    C_KK = total.mean()
-    drift = float("nan") if half is None else float((half.mean() - C_KK).norm() / C_KK.norm())
-    solver = save(file, total, origin)
-    return {
-        "tokens": total.count,
-        "condition_number": solver.condition_number(),
-        "half": drift,
-    }
+    solver, C_KK = save(file, total, origin), total.mean()
+    found = {"tokens": total.count, "condition_number": solver.condition_number()}
+    if half is not None and len(chosen) > 1:
+        found["half"] = float((half - C_KK).norm() / C_KK.norm())
+    return found
 
 
 def _covering(parts: Store, chunks: int) -> list[str]:

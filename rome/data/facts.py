@@ -141,7 +141,8 @@ def read_csv(data: bytes) -> FactTable:
         try:
             relation = relations.get(name) or Relation(name, templates)
         except ValueError as error:
-            raise ValueError(f"line {line}: {error}") from error
+            bad.append(f"line {line}: {error}")
+            continue
         if templates and templates != relation.templates:
             raise ValueError(
                 f"line {line}: relation {name!r} already has the templates {relation.templates}, "
@@ -163,7 +164,7 @@ def _csv_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:
     """
     text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     line = 1
     try:
         for cells in reader:

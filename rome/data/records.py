@@ -109,7 +109,7 @@ class Record:
             target_new_id=new.get("id"),
             target_true_id=true.get("id"),
             **lists,
-            separator=row.get("separator", " "),
+            separator=" " if row.get("separator") is None else row["separator"],
         )
         record.check()
         return record
@@ -167,12 +167,11 @@ class Record:
             raise ValueError(
                 f"prompt must contain the subject {subject!r} exactly once, got {prompt!r}"
             )
-        asked = {"rephrase_prompt": row.get("rephrase_prompt"), "locality_prompt": None}
-        if row.get("locality_prompt") is not None:
-            asked["locality_prompt"] = row["locality_prompt"]
+        asked = {name: row.get(name) for name in ("rephrase_prompt", "locality_prompt")}
+        if asked["locality_prompt"] is not None:
             _check_text("locality_ground_truth", row.get("locality_ground_truth"))
         record = cls(
-            case_id=row.get("case_id", place),
+            case_id=place if row.get("case_id") is None else row["case_id"],
             relation_id=None,
             prompt=prompt.replace(subject, "{}"),
             subject=subject,
@@ -184,7 +183,8 @@ class Record:
             neighborhood_prompts=tuple(filter(None, [asked["locality_prompt"]])),
             attribute_prompts=(),
             generation_prompts=(),
-            neighborhood_target=row.get("locality_ground_truth"),
+            neighborhood_target=asked["locality_prompt"] and row["locality_ground_truth"],
+            separator=" " if row.get("separator") is None else row["separator"],
         )
         record.check()
         return record
@@ -203,8 +203,9 @@ class Record:
         true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
         for name in ("prompt", "subject", "target_new", true):
             _check_text(name, getattr(self, name))
-        for name in ("subject", "target_new", true):
-            if (value := getattr(self, name)) != value.strip():
+        for name in ("subject", "target_new", "target_true", "neighborhood_target"):
+            value = getattr(self, name)
+            if value is not None and value != value.strip():
                 raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
@@ -223,15 +224,16 @@ class Record:
 
 
 _WITHOUT_SPACES = (
-    "CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
+    "CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA",
+    "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
 )  # fmt: skip
 
 
 def by_script(record: Record) -> Record:
-    """The record with nothing between prompts and targets if its prompt, filled, ends in a script
-    that writes words without spaces, else with a space."""
-    last = record.request.text.rstrip()[-1:]
-    without = unicodedata.name(last, "").startswith(_WITHOUT_SPACES)
+    """The record with nothing between prompts and targets if the last letter of its prompt, filled,
+    is of a script that writes words without spaces, else with a space."""
+    letters = [c for c in record.request.text if unicodedata.category(c)[0] in "LM"]
+    without = unicodedata.name((letters or [" "])[-1], "").startswith(_WITHOUT_SPACES)
     return replace(record, separator="" if without else " ")
 
 

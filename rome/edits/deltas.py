@@ -147,41 +147,54 @@ def _wide(tensor: Tensor) -> torch.dtype:
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
+_COPIED = 1024
+"""Ranks of all rows together up to which each row has a copy of its factors, which takes the fewest
+operators a pass: 84 MB at GPT-J's size."""
+
+
 def _low_rank_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
-    """Memory is that of the distinct deltas, and of the rows once more."""
+    rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
+    if rank * len(deltas) <= _COPIED:
+        return _copied_hook(deltas, device)
+    # Else memory is that of the distinct deltas, and of the rows once more.
     blocks = [
-        (
-            torch.tensor(rows_EM).to(device),
-            *(_stacked(f).to(device, _wide(f[0])) for f in zip(*factors, strict=True)),
-        )
-        for rows_EM, factors in _blocks(deltas)
+        (torch.tensor(rows_EM).flatten().to(device), *_stacked(alike, device))
+        for rows_EM, alike in _blocks(deltas)
     ]
-    # All rows in their order, as in a decoding: nothing is gathered.
-    whole = len(blocks) == 1 and blocks[0][0].flatten().tolist() == list(range(len(deltas)))
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
         x_BTK = args[0]
         _check_rows(x_BTK, deltas)
-        edited_BTD = y_BTD if whole else y_BTD.clone()
-        for rows_EM, left_EDR, right_EKR in blocks:
-            rows_B = rows_EM.flatten()
-            x_bTK = x_BTK if whole else x_BTK[rows_B]
-            x_ENK = x_bTK.to(right_EKR.dtype).reshape(len(rows_EM), -1, x_BTK.shape[-1])
-            change_bTD = torch.bmm(torch.bmm(x_ENK, right_EKR), left_EDR.mT).view(
-                len(rows_B), *y_BTD.shape[1:]
-            )
-            if whole:
-                return (y_BTD + change_bTD).to(y_BTD.dtype)
-            edited_BTD[rows_B] = (y_BTD[rows_B] + change_bTD).to(y_BTD.dtype)
+        edited_BTD = y_BTD.clone()
+        for rows_B, left_EDR, right_EKR in blocks:
+            x_ENK = x_BTK[rows_B].to(right_EKR.dtype).reshape(len(left_EDR), -1, x_BTK.shape[-1])
+            change_END = torch.bmm(torch.bmm(x_ENK, right_EKR), left_EDR.mT)
+            y_bTD = y_BTD[rows_B]
+            edited_BTD[rows_B] = (y_bTD + change_END.view(y_bTD.shape)).to(y_BTD.dtype)
         return edited_BTD
+
+    return hook
+
+
+def _copied_hook(deltas: Sequence[LowRankDelta | None], device: torch.device) -> _Hook:
+    unique = {id(delta): delta for delta in deltas}
+    place = {key: e for e, key in enumerate(unique)}
+    edit_B = torch.tensor([place[id(delta)] for delta in deltas]).to(device)
+    left_BDR, right_BKR = (x[edit_B] for x in _stacked(list(unique.values()), device))
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], y_BTD: Tensor) -> Tensor:
+        x_BTK = args[0]
+        _check_rows(x_BTK, deltas)
+        change_BTD = torch.bmm(torch.bmm(x_BTK.to(right_BKR.dtype), right_BKR), left_BDR.mT)
+        return (y_BTD + change_BTD).to(y_BTD.dtype)
 
     return hook
 
 
 def _blocks(
     deltas: Sequence[LowRankDelta | None],
-) -> Iterator[tuple[list[list[int]], list[tuple[Tensor, Tensor]]]]:
-    """The rows of distinct deltas, and their factors, in blocks of about as many rows and ranks.
+) -> Iterator[tuple[list[list[int]], list[LowRankDelta]]]:
+    """The rows of distinct deltas, and these, in blocks of about as many rows and ranks.
 
     A delta with fewer rows than others of its block has its last one several times.
     """
@@ -196,17 +209,26 @@ def _blocks(
     for alike in blocks.values():
         rows_of = [rows[id(delta)] for delta in alike]
         most = max(map(len, rows_of))
-        padded = [some + some[-1:] * (most - len(some)) for some in rows_of]
-        yield padded, [(delta.left_DR, delta.right_KR) for delta in alike]
+        yield [some + some[-1:] * (most - len(some)) for some in rows_of], alike
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
-    """Factors of several ranks as one tensor; what is missing is zero."""
-    rank = max(factor.shape[1] for factor in factors)
-    missing = [rank - factor.shape[1] for factor in factors]
-    return torch.stack(
-        [nn.functional.pad(f, (0, m)) if m else f for f, m in zip(factors, missing, strict=True)]
+def _stacked(deltas: Sequence[LowRankDelta | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors [E, D, R] and [E, K, R] of several ranks; None, and what a rank lacks, is zero."""
+    some = next(delta for delta in deltas if delta is not None)
+    rank = max(delta.left_DR.shape[1] for delta in deltas if delta is not None)
+    dtype = _wide(some.left_DR)
+
+    def stack(factors: list[Tensor]) -> Tensor:
+        lacks = [rank - factor.shape[1] for factor in factors]
+        return torch.stack(
+            [nn.functional.pad(f, (0, n)) if n else f for f, n in zip(factors, lacks, strict=True)]
+        ).to(device, dtype)
+
+    nothing = LowRankDelta(
+        *(factor.new_zeros(len(factor), 0) for factor in (some.left_DR, some.right_KR))
     )
+    filled = [nothing if delta is None else delta for delta in deltas]
+    return stack([d.left_DR for d in filled]), stack([d.right_KR for d in filled])
 
 
 def _dense_hook(deltas: Sequence[DenseDelta | None], device: torch.device, bias: bool) -> _Hook:

@@ -58,5 +58,6 @@ def _steps(model: EditableModel, prompt: str, target: str) -> list[Text]:
     tokenizer, ids = model.tokenizer, _target_ids(model, target)
     before = model.encode([prompt + str(tokenizer.decode(ids[:i])) for i in range(len(ids))])
     wanted = [tokenizer(tokenizer.decode([i]), add_special_tokens=False)["input_ids"] for i in ids]
-    pairs = zip(before, wanted, strict=True)
-    return [Text([*row.ids, again[0]], len(row.ids)) for row, again in pairs]
+    steps = zip(ids, before, wanted, strict=True)
+    # A token that is a space only may decode to nothing.
+    return [Text([*row.ids, (again or [i])[0]], len(row.ids)) for i, row, again in steps]
