@@ -31,14 +31,8 @@ from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 from rome.paths import workspace
-from rome.second_moment import (
-    MomentOrigin,
-    SecondMoment,
-    UnsolvableError,
-    import_npz,
-    load,
-    save,
-)
+from rome.second_moment import MomentOrigin, SecondMoment, import_npz, load, save
+from rome.solver import UnsolvableError
 
 # The limit of a record, which workers have by default, does not fit thousands of texts.
 _CHUNK_SECONDS = 3600.0

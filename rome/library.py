@@ -17,7 +17,7 @@ from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory, prompts
 from rome.scoring import generation
 from rome.scoring.generation import GenerationSettings
-from rome.second_moment import Solver
+from rome.solver import Solver
 
 # How many context templates of which length in tokens, as published.
 _TEMPLATE_LENGTHS = ((5, 10), (10, 10))
@@ -61,8 +61,8 @@ def edit(
     def solver(layer: int) -> Solver:
         path = str(second_moment_file).replace("{layer}", str(layer))
         if path.endswith(".npz"):
-            return Solver(second_moment.import_npz(path))
-        return Solver(second_moment.load(path)[0])
+            return second_moment.import_npz(path).solver()
+        return second_moment.load(path)[0].solver()
 
     texts = generation.sample_context_texts(model, _TEMPLATE_LENGTHS, seed=0)
     templates = prompts.context_templates(texts)

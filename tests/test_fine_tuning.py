@@ -18,7 +18,7 @@ from rome.editors.fine_tuning import (
 from rome.edits.deltas import DenseDelta, Edit, applied
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
-from rome.second_moment import Solver
+from rome.solver import Solver
 from tests.support import oracle, tiny
 from tests.support.computations import ATTENTION, CONSTRAINED, FREE, MAIN
 from tests.support.oracle_fine_tuning import Outcome, fine_tune

@@ -19,6 +19,7 @@ from jobs.inputs import formats, sources
 from jobs.inputs.corpus import _texts
 from jobs.inputs.sources import load
 from rome import models, yaml_text
+from rome.data import rows as rows_of
 from rome.data.records import Record, by_script, from_table
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
@@ -351,7 +352,7 @@ def test_what_stands_before_a_target_is_a_setting_of_the_records(tmp_path: Path)
     ],
 )
 def test_the_last_letter_of_a_prompt_says_its_script(prompt: str, separator: str) -> None:
-    assert by_script(Record.from_counterfact(record(prompt=prompt, subject="甲国"))).separator == (
+    assert by_script(rows_of.from_counterfact(record(prompt=prompt, subject="甲国"))).separator == (
         separator
     )
 
@@ -365,7 +366,7 @@ def test_no_separator_in_a_column_that_others_use_is_the_usual_one(tmp_path: Pat
 def test_targets_are_edited_and_scored_where_they_stand() -> None:
     """As the texts themselves say, without a space."""
     model = tiny.model("gpt2")
-    spaced = Record.from_counterfact(CHINESE)
+    spaced = rows_of.from_counterfact(CHINESE)
     joined = by_script(spaced)
     (text,) = model.encode_targets([(joined.request.text, "北城", joined.separator)])
     assert text.ids == model.encode(["甲国的首都是北城"])[0].ids

@@ -14,7 +14,6 @@ from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel
 from rome.models.families import FAMILIES, UnsupportedModelError
-from rome.second_moment import Solver
 from tests.support import oracle, oracle_memit, tiny
 from tests.support.computations import BUDGET, ENDING, MEMIT, memit, moments
 from tests.support.tiny import ADAM_ROUNDING, REQUESTS, TEMPLATES
@@ -99,7 +98,7 @@ def test_written_facts_have_the_states_asked_for(family: str) -> None:
     """With hardly any weight on the second moment, W' k = z holds for all facts at once."""
     settings = replace(MEMIT, layers=(1,), second_moment_weight=1e-9)
     model = tiny.model(family)
-    editor = Memit(model, settings, ["{}"], {1: Solver(moments()[1])}, BUDGET)
+    editor = Memit(model, settings, ["{}"], {1: moments()[1].solver()}, BUDGET)
     change_DK = change(editor.edit_together(REQUESTS), model.weight_name(1))
     states = [oracle_memit.target_state(model, settings, ["{}"], r)[0] for r in REQUESTS]
     with oracle.edited(model, 1, change_DK):
@@ -124,7 +123,7 @@ def test_nothing_is_left_behind() -> None:
 
 def test_templates_beside_the_bare_prompt_are_the_last() -> None:
     model = tiny.model("gpt2")
-    solvers = {layer: Solver(moment) for layer, moment in moments().items()}
+    solvers = {layer: moment.solver() for layer, moment in moments().items()}
     two = replace(CLAMPED, sampled_contexts=2)
     more = Memit(model, two, ["{}", "Never used. {}", *TEMPLATES[1:]], solvers, BUDGET)
     (edit,), (same,) = (m.edit(REQUESTS[:1]) for m in (more, memit(model, CLAMPED)))

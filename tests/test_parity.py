@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from rome import second_moment
 from rome.analysis.summary import summarize
+from rome.data import rows as rows_of
 from rome.data.records import Record, Request
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import values
@@ -25,7 +26,6 @@ from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import Value, ValueSettings
 from rome.edits.deltas import Edit
 from rome.scoring.probabilities import score_records
-from rome.second_moment import Solver
 from tests.support import oracle, tiny
 from tests.support.tiny import relative
 
@@ -62,7 +62,7 @@ Before = dict[int, Scores]
 
 def compute(records: list[Record], settings: RomeSettings) -> dict[int, Ours]:
     model = tiny.smollm2()
-    solver = Solver(second_moment.load(REFERENCE / "second_moment_layer6.safetensors")[0])
+    solver = second_moment.load(REFERENCE / "second_moment_layer6.safetensors")[0].solver()
     order: list[Request] = []
     found: list[Value] = []
     edit_batch, optimise = Rome._edit, values.optimise
@@ -90,7 +90,7 @@ def compute(records: list[Record], settings: RomeSettings) -> dict[int, Ours]:
 @pytest.fixture(scope="module")
 def pre() -> Before:
     """Scores of the unedited model on all records."""
-    records = [Record.from_counterfact(row) for row in read("ten_records.json")["records"]]
+    records = [rows_of.from_counterfact(row) for row in read("ten_records.json")["records"]]
     edits = [Edit(record.request) for record in records]
     columns = score_records(tiny.smollm2(), records, edits, BUDGET)
     return {record.case_id: row for record, row in zip(records, columns, strict=True)}
@@ -112,7 +112,7 @@ def ours() -> Iterator[Outcomes]:
             kl_factor=settings["kl_factor"],
             clamp=settings["clamp_norm_factor"],
         )
-        records = [Record.from_counterfact(row) for row in rows.values()]
+        records = [rows_of.from_counterfact(row) for row in rows.values()]
         outcomes[folder] = compute(records, RomeSettings(LAYER, value))
     yield outcomes
     tiny.smollm2.cache_clear()

@@ -18,7 +18,7 @@ from cluster.lock import LockedError
 from cluster.store import Store
 from jobs.inputs.record_stores import check, describe, prepare
 from jobs.prepare import app
-from rome.data import facts
+from rome.data import fact_tables
 from rome.data.facts import Relation
 from rome.data.records import Record, from_table
 from rome.paths import CONFIGS
@@ -309,7 +309,7 @@ def test_everyday_facts_are_complete(tmp_path: Path) -> None:
     assert (manifest["name"], manifest["skipped"]) == ("everyday", [])
     assert len(records) >= 250
     assert len({record.relation_id for record in records}) >= 12
-    table = facts.read_yaml((CONFIGS / "facts" / "everyday.yaml").read_bytes())
+    table = fact_tables.read_yaml((CONFIGS / "facts" / "everyday.yaml").read_bytes())
     relations = {relation.id: relation for relation in table.relations}
     for record in records:
         record.check()

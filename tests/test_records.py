@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rome.data.records import RECORD_SCHEMA, Record, from_table, to_table
+from rome.data import rows as rows_of
+from rome.data.records import RECORD_SCHEMA, from_table, to_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -41,7 +42,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_a_row_becomes_a_record_and_survives_arrow() -> None:
-    record = Record.from_counterfact(ROW)
+    record = rows_of.from_counterfact(ROW)
     assert record.request.text == "The mother tongue of Danielle Darrieux is"
     assert (record.target_new, record.target_true_id) == ("English", "Q150")
     table = to_table([record])
@@ -52,7 +53,7 @@ def test_a_row_becomes_a_record_and_survives_arrow() -> None:
 def test_ids_and_relation_may_be_null() -> None:
     row = changed("requested_rewrite.relation_id", None)
     row["requested_rewrite"]["target_new"]["id"] = None
-    assert Record.from_counterfact(row).target_new_id is None
+    assert rows_of.from_counterfact(row).target_new_id is None
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_ids_and_relation_may_be_null() -> None:
 )
 def test_what_is_wrong_is_named(path: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Record.from_counterfact(changed(path, value))
+        rows_of.from_counterfact(changed(path, value))
 
 
 @pytest.mark.parametrize(
@@ -93,5 +94,5 @@ def test_published_records_are_all_valid(name: str, rows: int) -> None:
         pytest.skip(f"{name} is not beside the repository")
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix == ".gz" else data
-    records = [Record.from_counterfact(row) for row in json.loads(data)]
+    records = [rows_of.from_counterfact(row) for row in json.loads(data)]
     assert len({record.case_id for record in records}) == rows

@@ -15,7 +15,6 @@ from rome.editors.rome import Rome, RomeSettings
 from rome.edits.deltas import applied, dense
 from rome.models import EditableModel, costs
 from rome.models.families import FAMILIES
-from rome.second_moment import Solver
 from tests.support import oracle, tiny
 from tests.support.computations import (
     BUDGET,
@@ -54,7 +53,7 @@ def check_batches(model: EditableModel, settings: RomeSettings, tolerance: float
     if settings is CLAMPED:
         assert any(outcome.clamp_hits > 0 for outcome in expected)
 
-    editor = Rome(model, settings, TEMPLATES, None if moment is None else Solver(moment), BUDGET)
+    editor = Rome(model, settings, TEMPLATES, None if moment is None else moment.solver(), BUDGET)
     for size in (1, 3, len(requests)):
         batches = [requests[i : i + size] for i in range(0, len(requests), size)]
         edits = [edit for batch in batches for edit in editor.edit(batch)]
@@ -114,7 +113,7 @@ def test_edited_model_answers_the_key_with_the_value(
     model, moment = tiny.model(family), correlated_moment()
     settings = replace(CLAMPED, keys=keys)
     contexts = TEMPLATES if keys == "mean" else ["{}"]
-    editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)
+    editor = Rome(model, settings, TEMPLATES, moment.solver(), BUDGET)
     for request, edit in zip(REQUESTS, editor.edit(REQUESTS), strict=True):
         expected = oracle.rome(model, settings, TEMPLATES, moment.mean(), request).target_D
         outputs = []

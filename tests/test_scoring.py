@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from rome.data import rows as rows_of
 from rome.data.records import Record
 from rome.models import EditableModel
 from rome.scoring import generation, greedy
@@ -300,7 +301,7 @@ def test_an_extra_prompt_that_is_too_long_empties_its_column_only() -> None:
         },
         **{f"{name}_prompts": ["Tokyo is in" + " the new town of Rome" * 6] for name in names},
     }
-    record = Record.from_counterfact(row)
+    record = rows_of.from_counterfact(row)
     found, other = (
         score_records(model, [record], [UNEDITED], 400, Extras(neighborhood_plus=plus))[0]
         for plus in (True, False)

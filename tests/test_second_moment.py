@@ -12,9 +12,7 @@ from torch import Tensor
 from rome.second_moment import (
     MomentOrigin,
     SecondMoment,
-    Solver,
     SpoiledError,
-    UnsolvableError,
     accumulate,
     import_npz,
     load,
@@ -22,6 +20,7 @@ from rome.second_moment import (
     merge,
     save,
 )
+from rome.solver import UnsolvableError
 from tests.support import tiny
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
@@ -92,7 +91,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert loaded.count == moment.count
     torch.testing.assert_close(loaded.sum_KK, moment.sum_KK, rtol=1e-13, atol=1e-13)
     mapped = load_solver(path)
-    assert torch.equal(mapped.solve(random_keys(3)), Solver(moment).solve(random_keys(3)))
+    assert torch.equal(mapped.solve(random_keys(3)), moment.solver().solve(random_keys(3)))
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"]
 
 
@@ -147,7 +146,7 @@ def test_the_authors_npz_holds_the_sum(tmp_path: Path) -> None:
 
 def test_solve_inverts() -> None:
     moment = moment_of(random_keys(200))
-    solver = Solver(moment)
+    solver = moment.solver()
     keys_EK = random_keys(5).float()
     solved_EK = solver.solve(keys_EK)
     assert solved_EK.shape == keys_EK.shape
@@ -158,7 +157,7 @@ def test_solve_inverts() -> None:
 
 def test_too_few_tokens_say_how_many_more() -> None:
     with pytest.raises(UnsolvableError, match=r"7 tokens span 7 of 12.* at least 5 more tokens"):
-        Solver(moment_of(random_keys(7)))
+        moment_of(random_keys(7)).solver()
 
 
 @pytest.mark.parametrize("tokens", [9, 12, 500])
@@ -166,21 +165,21 @@ def test_repeated_tokens_do_not_help(tokens: int) -> None:
     few = random_keys(9)
     keys_TK = few.repeat(tokens // 9 + 1, 1)[:tokens]
     with pytest.raises(UnsolvableError, match=f"{tokens} tokens span 9 of 12.* at least 3 more"):
-        Solver(moment_of(keys_TK))
+        moment_of(keys_TK).solver()
 
 
 def test_a_dead_neuron_is_unsolvable_whatever_the_tokens() -> None:
     keys_TK = random_keys(100)
     keys_TK[:, 4] = 0
     with pytest.raises(UnsolvableError, match="span 11 of 12"):
-        Solver(moment_of(keys_TK))
+        moment_of(keys_TK).solver()
 
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the reference's results are not here")
 def test_u_of_every_reference_case() -> None:
     moment, _ = load(REFERENCE / "second_moment_layer6.safetensors")
     assert moment.count == 97947
-    solver = Solver(moment)
+    solver = moment.solver()
     files = sorted(REFERENCE.glob("*/case_*.safetensors"))
     cases = [load_file(path) for path in files]
     assert len(cases) == sum(
@@ -201,7 +200,7 @@ def test_keys_are_solved_with_their_own_sum(rows: int) -> None:
     moment = SecondMoment.zeros(12)
     moment.add(keys_TK)
     keys_GNK = torch.randn(2, rows, 12, generator=generator, dtype=torch.float64)
-    found_GNK = Solver(moment).solve_with(keys_GNK, 3.0)
+    found_GNK = moment.solver().solve_with(keys_GNK, 3.0)
     for keys_NK, found_NK in zip(keys_GNK, found_GNK, strict=True):
         sum_KK = 3.0 * moment.mean() + keys_NK.T @ keys_NK
         assert torch.allclose(found_NK, keys_NK @ sum_KK.inverse(), rtol=1e-9, atol=1e-12)

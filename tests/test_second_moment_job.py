@@ -25,7 +25,8 @@ from jobs.runs.config import CorpusConfig, RunConfig
 from jobs.tasks import moments
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
-from rome.second_moment import UnsolvableError, accumulate, load
+from rome.second_moment import accumulate, load
+from rome.solver import UnsolvableError
 from tests.support import tiny
 
 K = 40

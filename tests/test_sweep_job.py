@@ -11,7 +11,6 @@ import yaml
 
 from rome.editors.contexts import Position
 from rome.editors.rome import Rome
-from rome.second_moment import Solver
 from tests.support import oracle, tiny
 from tests.support.commands import command
 from tests.support.computations import BUDGET, CLAMPED, correlated_moment
@@ -52,7 +51,7 @@ def test_an_edit_is_made_at_its_position(
     monkeypatch.setattr(oracle, "subject_last", position_of(position))
     model, moment = tiny.model(family), correlated_moment()
     settings = replace(CLAMPED, position=position)
-    editor = Rome(model, settings, TEMPLATES, Solver(moment), BUDGET)
+    editor = Rome(model, settings, TEMPLATES, moment.solver(), BUDGET)
     for request, edit in zip(REQUESTS, editor.edit(REQUESTS), strict=True):
         expected = oracle.rome(model, settings, TEMPLATES, moment.mean(), request)
         lambda_D, u_K = parts(edit)

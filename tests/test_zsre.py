@@ -20,6 +20,7 @@ from cluster.store import Store
 from jobs.inputs.record_stores import prepare
 from jobs.prepare import app
 from rome.analysis.summary import summarize
+from rome.data import rows as rows_of
 from rome.data.records import RECORD_SCHEMA, Record, from_table, to_table
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import Unedited
@@ -58,7 +59,7 @@ def write(path: Path, rows: list[Any]) -> str:
 
 
 def test_a_row_becomes_what_the_reference_makes_of_it() -> None:
-    record = Record.from_zsre(ROW, 7)
+    record = rows_of.from_zsre(ROW, 7)
     assert record.case_id == 7
     assert record.request.prompt == "In which country is the {}?"
     assert record.request.text == ROW["src"]
@@ -158,7 +159,7 @@ def test_accuracies_equal_the_references(family: str) -> None:
         with changed(model, edit):
             said = [greedy_text(model, prompt, 3) for prompt in (ROW["src"], ROW["loc"] + "?")]
             new, true = (re.sub(r"\W+$", "", text) + " Rome" for text in said)
-            record = Record.from_zsre(row(answers=[new.strip()], loc_ans=true.strip()), e)
+            record = rows_of.from_zsre(row(answers=[new.strip()], loc_ans=true.strip()), e)
             records.append(record)
             expected.append(
                 [
@@ -181,7 +182,7 @@ def test_accuracies_of_a_real_model_equal_the_references() -> None:
         pytest.skip("zsre_eval_537.json is not beside the repository")
     model = tiny.smollm2()
     rows = json.loads((SHARED / "zsre_eval_537.json").read_text())[:6]
-    records = [Record.from_zsre(row, i) for i, row in enumerate(rows)]
+    records = [rows_of.from_zsre(row, i) for i, row in enumerate(rows)]
     columns = score_records(model, records, [Edit(r.request) for r in records], 500)
     found = []
     for record, column in zip(records, columns, strict=True):
@@ -225,7 +226,7 @@ def test_a_token_that_decodes_to_nothing_is_asked_for_itself() -> None:
     model = tiny.model("llama", "float64", "metaspace")
     model.tokenizer = tokenizer
     assert tokenizer.decode(tokenizer(" 東京", add_special_tokens=False)["input_ids"][:1]) == ""
-    record = Record.from_zsre(row(answers=["東京"]), 0)
+    record = rows_of.from_zsre(row(answers=["東京"]), 0)
     (found,) = score_records(model, [record], [Edit(record.request)], 300)
     assert 0 <= found["rewrite_accuracy"][0] <= 1
 
@@ -238,7 +239,7 @@ def test_parts_of_characters_are_encoded_again_as_the_released_code_does(family:
     with torch.no_grad():  # So that it says them at all.
         model.hf.get_output_embeddings().weight[sorted(set(likely))] *= 9
     records = [
-        Record.from_zsre(row(answers=[new], loc_ans=true), i)
+        rows_of.from_zsre(row(answers=[new], loc_ans=true), i)
         for i, (new, true) in enumerate(itertools.permutations(targets, 2))
     ]
     columns = score_records(model, records, [Edit(r.request) for r in records], 300)
@@ -258,7 +259,7 @@ def test_parts_of_characters_are_encoded_again_as_the_released_code_does(family:
 
 def test_from_records_to_table_1() -> None:
     model = tiny.model("gpt2")
-    records = [Record.from_zsre(row(), i) for i in range(3)]
+    records = [rows_of.from_zsre(row(), i) for i in range(3)]
     rows, _ = evaluate(model, Unedited(), records, ScoringSettings(), None, 400)
     table = pa.Table.from_pylist(
         [{"run": "r", "status": OK, "attempts": 1, **row} for row in rows], schema=RESULT_SCHEMA

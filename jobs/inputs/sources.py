@@ -18,9 +18,10 @@ from rich.progress import wrap_file
 
 from jobs.cli import CONSOLE
 from jobs.inputs import formats
-from rome.data import facts
+from rome.data import fact_tables, facts
 from rome.data.facts import ReferenceText
-from rome.data.records import Record, check_whole, from_row
+from rome.data.records import Record, check_whole
+from rome.data.rows import from_row
 from rome.paths import CONFIGS
 
 _TIMEOUT_S = 60
@@ -68,7 +69,7 @@ def load(source: str, limit: int | None = None) -> Source:
     """The first `limit` records of a source, checked, and what is wrong with the others.
 
     `source` is tried as the name of a benchmark, a URL, a file (rows in a format of
-    `rome.data.records.from_row`, as `jobs.inputs.formats` reads them, or fact table in YAML or
+    `rome.data.rows.from_row`, as `jobs.inputs.formats` reads them, or fact table in YAML or
     CSV), a `datasets` folder, a `datasets` id.
 
     Raises:
@@ -180,8 +181,8 @@ def _from_facts(
 ) -> tuple[list[Record], list[ReferenceText], list[str]]:
     bundled = CONFIGS / "facts" / "everyday.yaml"
     try:
-        table = facts.read_csv(data) if suffix == ".csv" else facts.read_yaml(data)
-        distractors = facts.read_yaml(bundled.read_bytes()).distractors
+        table = fact_tables.read_csv(data) if suffix == ".csv" else fact_tables.read_yaml(data)
+        distractors = fact_tables.read_yaml(bundled.read_bytes()).distractors
         records, texts, invalid = facts.build(table, distractors)
     except ValueError as error:
         raise ValueError(f"{location}: {error}") from error

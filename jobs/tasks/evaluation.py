@@ -37,7 +37,7 @@ from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts, words
-from rome.second_moment import Solver
+from rome.solver import Solver
 
 
 def group_of(config: RunConfig, benchmark: str, editor: str) -> str:

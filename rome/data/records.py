@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class Request:
     def check(self) -> None:
         """Raises ValueError with the first rule of a request that this one breaks."""
         for name in ("prompt", "subject", "target"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         for name in ("subject", "target"):
             if (value := getattr(self, name)) != value.strip():
                 raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
@@ -84,111 +84,6 @@ class Record:
         assert true is not None  # See `check`.
         return true
 
-    @classmethod
-    def from_counterfact(cls, row: Mapping[str, Any]) -> Record:
-        """A record of the original JSON schema, checked.
-
-        Every prompt list must be there; it may be shorter than LIST_SIZES, or empty, because
-        partial copies of the benchmark and small fact tables have no more; never longer.
-
-        Raises:
-            ValueError: the first rule that the row breaks, with the value.
-        """
-        rewrite = row.get("requested_rewrite")
-        if not isinstance(rewrite, Mapping):
-            raise ValueError(f"requested_rewrite must be a mapping, got {rewrite!r}")
-        lists: dict[str, Any] = {name: _prompts(row, name) for name in LIST_SIZES}
-        new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
-        record = cls(
-            case_id=row.get("case_id"),  # type: ignore[arg-type]  # checked below
-            relation_id=rewrite.get("relation_id"),
-            prompt=rewrite.get("prompt"),  # type: ignore[arg-type]
-            subject=rewrite.get("subject"),  # type: ignore[arg-type]
-            target_new=new.get("str"),  # type: ignore[arg-type]
-            target_true=true.get("str"),
-            target_new_id=new.get("id"),
-            target_true_id=true.get("id"),
-            **lists,
-            separator=" " if row.get("separator") is None else row["separator"],
-        )
-        record.check()
-        return record
-
-    @classmethod
-    def from_zsre(cls, row: Mapping[str, Any], case_id: int) -> Record:
-        """A record of the JSON schema of MEND's zsRE files, checked.
-
-        Reference code: `dsets/zsre.py`, where `case_id` is the row's place in the file, from 0. The
-        first answer is the target; the question about something else (`loc`, of Natural Questions,
-        without its question mark) is the neighborhood prompt.
-
-        Raises:
-            ValueError: the first rule that the row breaks, with the value.
-        """
-        for name in ("subject", "src", "loc"):
-            _check_text(name, row.get(name))
-        subject, src, answers = row["subject"], row["src"], row.get("answers")
-        if src.count(subject) != 1:
-            raise ValueError(f"src must contain the subject {subject!r} exactly once, got {src!r}")
-        if not isinstance(answers, list) or not answers:
-            raise ValueError(f"answers must be a list with at least one text, got {answers!r}")
-        _check_text("loc_ans", row.get("loc_ans"))
-        record = cls(
-            case_id=case_id,
-            relation_id=None,
-            prompt=src.replace(subject, "{}"),
-            subject=subject,
-            target_new=answers[0],
-            target_true=None,
-            target_new_id=None,
-            target_true_id=None,
-            paraphrase_prompts=(row.get("rephrase"),),  # type: ignore[arg-type]  # checked below
-            neighborhood_prompts=(row["loc"] + "?",),
-            attribute_prompts=(),
-            generation_prompts=(),
-            neighborhood_target=row["loc_ans"],
-        )
-        record.check()
-        return record
-
-    @classmethod
-    def from_easyedit(cls, row: Mapping[str, Any], place: int) -> Record:
-        """A record of EasyEdit's COUNTERFACT files, checked: flat, and with the subject in prompts.
-
-        `case_id` is the row's place in the file, unless it has one.
-
-        Raises:
-            ValueError: the first rule that the row breaks, with the value.
-        """
-        for name in ("subject", "prompt", "ground_truth"):
-            _check_text(name, row.get(name))
-        subject, prompt = row["subject"], row["prompt"]
-        if prompt.count(subject) != 1:
-            raise ValueError(
-                f"prompt must contain the subject {subject!r} exactly once, got {prompt!r}"
-            )
-        asked = {name: row.get(name) for name in ("rephrase_prompt", "locality_prompt")}
-        if asked["locality_prompt"] is not None:
-            _check_text("locality_ground_truth", row.get("locality_ground_truth"))
-        record = cls(
-            case_id=place if row.get("case_id") is None else row["case_id"],
-            relation_id=None,
-            prompt=prompt.replace(subject, "{}"),
-            subject=subject,
-            target_new=row.get("target_new"),  # type: ignore[arg-type]  # checked below
-            target_true=row["ground_truth"],
-            target_new_id=None,
-            target_true_id=None,
-            paraphrase_prompts=tuple(filter(None, [asked["rephrase_prompt"]])),
-            neighborhood_prompts=tuple(filter(None, [asked["locality_prompt"]])),
-            attribute_prompts=(),
-            generation_prompts=(),
-            neighborhood_target=asked["locality_prompt"] and row["locality_ground_truth"],
-            separator=" " if row.get("separator") is None else row["separator"],
-        )
-        record.check()
-        return record
-
     def check(self) -> None:
         """Raises ValueError with the first rule of a record that this one breaks."""
         if type(self.case_id) is not int or not 0 <= self.case_id < 1 << 63:
@@ -202,7 +97,7 @@ class Record:
             check_whole(name, value or "")
         true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
         for name in ("prompt", "subject", "target_new", true):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         for name in ("subject", "target_new", "target_true", "neighborhood_target"):
             value = getattr(self, name)
             if value is not None and value != value.strip():
@@ -220,7 +115,7 @@ class Record:
             if len(prompts) > size:
                 raise ValueError(f"{name} must have at most {size} entries, got {len(prompts)}")
             for i, prompt in enumerate(prompts):
-                _check_text(f"{name}[{i}]", prompt)
+                check_text(f"{name}[{i}]", prompt)
 
 
 _WITHOUT_SPACES = (
@@ -242,54 +137,7 @@ def one_form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    target = rewrite.get(name)
-    if not isinstance(target, Mapping):
-        raise ValueError(f"{name} must be a mapping with 'str', got {target!r}")
-    return target
-
-
-def from_row(row: Any, place: int) -> Record:
-    """A record of a row in the format that its keys are of, checked.
-
-    COUNTERFACT has `requested_rewrite`, MEND's zsRE `src` and `answers`, EasyEdit's COUNTERFACT
-    `ground_truth` beside `prompt`. `place`: of the row in its file, from 0.
-
-    Raises:
-        ValueError: the rule that it breaks, and the format that was assumed, or how it was none.
-    """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a record must be a mapping, got {str(row)[:200]}")
-    if "requested_rewrite" in row:
-        assumed, make = "COUNTERFACT's", lambda: Record.from_counterfact(row)
-    elif {"src", "answers"} & row.keys():
-        assumed, make = "zsRE's", lambda: Record.from_zsre(row, place)
-    elif {"locality", "portability"} & row.keys():
-        raise ValueError(
-            "it is a row of KnowEdit, whose neighbours have an answer each, and these are not "
-            "read; write it in COUNTERFACT's format (docs/inputs.md)"
-        )
-    elif {"prompt", "ground_truth"} <= row.keys():
-        assumed, make = "EasyEdit's", lambda: Record.from_easyedit(row, place)
-    else:
-        raise ValueError(
-            "a record must have requested_rewrite (COUNTERFACT), src and answers (zsRE), or prompt "
-            f"and ground_truth (EasyEdit), got the keys {sorted(map(str, row))}"
-        )
-    try:
-        return make()
-    except ValueError as error:
-        raise ValueError(f"{error} (in {assumed} format)") from error
-
-
-def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    prompts = row.get(name)
-    if not isinstance(prompts, list):
-        raise ValueError(f"{name} must be a list, got {prompts!r}")
-    return tuple(prompts)
-
-
-def _check_text(name: str, value: object) -> None:
+def check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be text and not empty, got {value!r}")
     check_whole(name, value)

@@ -23,8 +23,8 @@ from rome.editors.memit import Memit, MemitSettings
 from rome.editors.rome import Rome, RomeSettings
 from rome.edits.deltas import Edit
 from rome.models import EditableModel
-from rome.second_moment import Solver
 from rome.settings import configurable
+from rome.solver import Solver
 
 
 class Editor(Protocol):

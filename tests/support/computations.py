@@ -38,7 +38,7 @@ from rome.edits.sequences import Grouping, grouped
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
 from rome.scoring.generation import GenerationSettings
-from rome.second_moment import SecondMoment, Solver
+from rome.second_moment import SecondMoment
 from rome.tracing import KnownFact, TraceSettings
 from tests.support import tiny
 from tests.support.tiny import REQUESTS, TEMPLATES
@@ -140,12 +140,12 @@ def taught(family: str, dtype: str = "float64", kind: str = "plain") -> Editable
 
 
 def rome(model: EditableModel, settings: RomeSettings) -> Rome:
-    solver = Solver(correlated_moment()) if settings.second_moment else None
+    solver = correlated_moment().solver() if settings.second_moment else None
     return Rome(model, settings, TEMPLATES, solver, BUDGET)
 
 
 def memit(model: EditableModel, settings: MemitSettings) -> Memit:
-    solvers = {layer: Solver(moment) for layer, moment in moments().items()}
+    solvers = {layer: moment.solver() for layer, moment in moments().items()}
     return Memit(model, settings, TEMPLATES, solvers, BUDGET)
 
 
@@ -315,6 +315,6 @@ _FEW_STEPS: dict[str, dict[str, Any]] = {
 def few_steps(model: EditableModel, editor: str) -> list[Edit]:
     """Edits of all the requests by an editor of the registry, quickly."""
     kind = REGISTRY[editor]
-    solver = Solver(SecondMoment(torch.eye(40, dtype=torch.float64) / 100, 40))
+    solver = SecondMoment(torch.eye(40, dtype=torch.float64) / 100, 40).solver()
     resources = Resources(model, TEMPLATES, lambda layer: solver, 400)
     return kind.build(resources, kind.settings(**_FEW_STEPS[editor])).edit(REQUESTS)
