@@ -194,7 +194,7 @@ def _compute(
             ) from None
         half = f", half the tokens differ by {100 * found['half']:.2g} %" if "half" in found else ""
         say(
-            f"layer {layer}: {found['tokens']:,} tokens, condition number "
+            f"layer {layer}: {found['tokens']:,.0f} tokens, condition number "
             f"{found['condition_number']:.3g}{half}, {outcome.seconds:.0f} s: {file}"
         )
     shutil.rmtree(parts.uri)

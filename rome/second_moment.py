@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,24 +155,6 @@ def accumulate(
             texts, memory.by_length([len(text) for text in texts], _BATCH_TOKENS), add
         )
     return moments
-
-
-def merge(parts: Iterable[SecondMoment]) -> SecondMoment:
-    """The second moment of all tokens of the parts.
-
-    Sums round: another division of the same tokens agrees within 1e-12. Raises ValueError without
-    parts.
-    """
-    total: SecondMoment | None = None
-    for part in parts:
-        if total is None:
-            total = SecondMoment(part.sum_KK.clone(), part.count)
-        else:
-            total.sum_KK += part.sum_KK
-            total.count += part.count
-    if total is None:
-        raise ValueError("there is no second moment to merge: the corpus gave no part")
-    return total
 
 
 def save(path: str | os.PathLike[str], moment: SecondMoment, origin: MomentOrigin) -> Solver:

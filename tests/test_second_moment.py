@@ -17,7 +17,6 @@ from rome.second_moment import (
     import_npz,
     load,
     load_solver,
-    merge,
     save,
 )
 from rome.solver import UnsolvableError
@@ -54,23 +53,6 @@ def test_mean_is_the_uncentred_second_moment() -> None:
     assert moment.count == 50
     assert moment.mean().dtype == torch.float64
     torch.testing.assert_close(moment.mean(), expected, rtol=1e-13, atol=1e-13)
-
-
-def test_merge_in_order_is_the_sum_and_leaves_the_parts() -> None:
-    chunks = random_keys(60).chunk(9)
-    parts = [moment_of(chunk) for chunk in chunks]
-    before = parts[0].fingerprint()
-    merged = merge(parts)
-    # The same sums of the same parts in the same order have the same bits.
-    assert merge([moment_of(c) for c in chunks]).fingerprint() == merged.fingerprint()
-    assert parts[0].fingerprint() == before
-    # Sums of other products: each of 60 additions rounds by half an epsilon at most.
-    sizes_KK = sum(chunk.double().abs().T @ chunk.double().abs() for chunk in chunks)
-    bound_KK = 60 * torch.finfo(torch.float64).eps * sizes_KK
-    assert ((merged.sum_KK - moment_of(*chunks).sum_KK).abs() <= bound_KK).all()
-    assert merged.count == 60
-    with pytest.raises(ValueError, match="no part"):
-        merge([])
 
 
 def test_a_key_that_is_not_finite_is_refused() -> None:

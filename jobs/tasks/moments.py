@@ -18,7 +18,7 @@ from cluster.store import Store
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig
 from jobs.tasks.loading import load_model, one_device
-from rome.second_moment import MomentOrigin, SecondMoment, accumulate, merge, save
+from rome.second_moment import MomentOrigin, SecondMoment, accumulate, save
 
 GROUP = "parts"
 
@@ -88,13 +88,11 @@ def _packed(sum_KK: Tensor) -> bytes:
     return np.concatenate([row[: i + 1] for i, row in enumerate(rows)]).tobytes()
 
 
-def _unpacked(data: pa.Buffer) -> Tensor:
-    flat = np.frombuffer(data, dtype=np.float64)
-    size = math.isqrt(2 * len(flat))
-    lower_KK = torch.zeros(size, size, dtype=torch.float64)
-    for i, row in enumerate(lower_KK.numpy()):
-        row[: i + 1] = flat[i * (i + 1) // 2 :][: i + 1]
-    return lower_KK + lower_KK.tril(-1).T
+def _add_packed(lower_KK: Tensor, data: pa.Buffer) -> None:
+    """Add what `_packed` made to the lower triangle of a matrix, in place."""
+    flat = torch.from_numpy(np.frombuffer(data, dtype=np.float64).copy()).to(lower_KK.device)
+    for i, row in enumerate(lower_KK):
+        row[: i + 1] += flat[i * (i + 1) // 2 :][: i + 1]
 
 
 def write(
@@ -106,27 +104,33 @@ def write(
     distance of the C of half the tokens or more. Raises UnsolvableError, and ValueError where the
     sums are not of the origin's weights.
     """
-    total, half, device = None, None, one_device(device)
     chosen = _covering(parts, len(grid))
     counts = [parts.read_table(part, ["count"])["count"][0].as_py() for part in chosen]
-    for part in chosen:
-        row = parts.read_table(part, ["model_fingerprint", "count", _column(layer)]).slice(0, 1)
+    total: SecondMoment | None = None
+    half_KK: Tensor | None = None
+    for part, count in zip(chosen, counts, strict=True):
+        row = parts.read_table(part, ["model_fingerprint", _column(layer)]).slice(0, 1)
         (fingerprint,) = row["model_fingerprint"].to_pylist()
         if fingerprint != origin.model_fingerprint:
             raise ValueError(
                 f"{parts.uri}/{part} must be of the weights {origin.model_fingerprint[:16]}, but "
                 f"is of {fingerprint[:16]}; delete {parts.uri} and run the same command again"
             )
-        (count,) = row["count"].to_pylist()
-        sum_KK = _unpacked(row[_column(layer)][0].as_buffer()).to(device)
-        total = merge(filter(None, (total, SecondMoment(sum_KK, count))))
-        if half is None and len(chosen) > 1 and 2 * total.count >= sum(counts):
-            half = total.mean()
+        data = row[_column(layer)][0].as_buffer()
+        if total is None:
+            total = SecondMoment.zeros(math.isqrt(2 * data.size // 8), one_device(device))
+        # A matrix of GPT-J has 2 GB: the lower triangle is all that Cholesky reads.
+        _add_packed(total.sum_KK, data)
+        total.count += count
+        if half_KK is None and len(chosen) > 1 and 2 * total.count >= sum(counts):
+            half_KK = (total.sum_KK / total.count).float()
     assert total is not None
-    solver, C_KK = save(file, total, origin), total.mean()
-    found = {"tokens": total.count, "condition_number": solver.condition_number()}
-    if half is not None and len(chosen) > 1:
-        found["half"] = float((half - C_KK).norm() / C_KK.norm())
+    found = {"tokens": float(total.count)}
+    if half_KK is not None:
+        C_KK = (total.sum_KK / total.count).float()
+        found["half"] = float((half_KK - C_KK).norm() / C_KK.norm())
+        del C_KK, half_KK
+    found["condition_number"] = save(file, total, origin).condition_number()
     return found
 
 
