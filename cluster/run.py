@@ -42,7 +42,6 @@ __all__ = [
 FAILURES = (LockedError, RunError, RayError)
 """The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
 
-
 log = logging.getLogger(__name__)
 
 
@@ -165,15 +164,16 @@ def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: in
 
     Of all records and not of those that are left, so that a resumed run has the same leases.
     """
-    fits = workers_that_fit(settings) if settings.workers == "auto" else settings.workers
-    each = table.total // (4 * max(fits, 1))
+    each = table.total // (4 * number_of_workers(settings))
     return max(grid.rows, min(most, each // grid.rows * grid.rows))
 
 
 def number_of_workers(settings: RunSettings) -> int:
-    """The workers that a run has now: those asked for, or those that fit."""
-    settings = joined(settings)
-    return workers_that_fit(settings) if settings.workers == "auto" else settings.workers
+    """The workers that a run has now: those asked for, or those that fit; at least one, which
+    stands for this process if there are to be none."""
+    if settings.workers != "auto":
+        return max(settings.workers, 1)
+    return max(workers_that_fit(joined(settings)), 1)
 
 
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
@@ -189,7 +189,7 @@ def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any
 
 
 def _answer(ref: ray.ObjectRef[Any]) -> Any:
-    """What a task answers, or the user's mistake that ended it, without the worker's traceback."""
+    """Get a task's answer, or raise the user's mistake that ended it without its traceback."""
     try:
         return ray.get(ref)
     except RayTaskError as error:

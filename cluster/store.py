@@ -67,8 +67,8 @@ class Store:
     Names are relative, with `/` between folders. A file is there whole or not at all, however the
     process that writes it ends. Picklable. Relative paths are made absolute when the store is made.
     A path is taken as it is; in a URI `%`, `#` and `?` of a name are percent-encoded.
-    Making one raises ValueError for a URI of which pyarrow would drop a part, or that has a
-    password. Every method raises StoreError where the store does not do what it is asked.
+    Making one raises ValueError if pyarrow would drop a part of a URI, or if it holds a password.
+    Every method raises StoreError where the store does not do what it is asked.
     """
 
     uri: str

@@ -104,7 +104,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
             "Restore it. Or, if this is the config that the run began with, move it away: the same "
             "line writes it again and goes on with the rows that are there.",
         )
-        _refuse_another(store, there, now)
+        manifests.refuse_another(store, there, now)
         check(records)
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
@@ -116,10 +116,13 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     # Refused at once: what is not there or not whole, and what does not fit.
     check(records)
     weights = _weights(config)
-    refuse_what_does_not_fit(config, models.outline(config.model.source, config.model.name))
+    outline = models.outline(config.model.source, config.model.name)
+    refuse_what_does_not_fit(config, outline)
     facts = once(model_facts, config, weights, settings=config.workers)
     sized = _sized(config, facts["model_bytes"])
-    files = {} if config.edits else second_moment.ensure(sized, facts["model_fingerprint"])
+    files = {}
+    if not config.edits:
+        files = second_moment.ensure(sized, outline, facts["model_fingerprint"])
     manifest = {
         "name": config.name,
         **now,
@@ -138,11 +141,9 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     }
     if config.edits:
         stored_edits.check(config, manifest)
-    return manifests.claim(store, manifest, lambda there: _refuse_another(store, there, now))
-
-
-def _refuse_another(store: Store, there: dict[str, Any], now: dict[str, Any]) -> None:
-    configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
+    return manifests.claim(
+        store, manifest, lambda there: manifests.refuse_another(store, there, now)
+    )
 
 
 def _weights(config: RunConfig) -> dict[str, str]:

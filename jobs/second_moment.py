@@ -15,6 +15,7 @@ from typing import Annotated
 from urllib.parse import quote
 
 import typer
+from torch import Tensor
 
 from cluster.queue import Grid
 from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
@@ -25,13 +26,14 @@ from jobs.inputs import corpus as corpora
 from jobs.inputs.corpus import Corpus
 from jobs.runs import config as configs
 from jobs.runs.config import CorpusConfig, ModelConfig, RunConfig
+from jobs.runs.manifests import file_sha256
 from jobs.tasks.loading import model_fingerprint
 from jobs.tasks.moments import GROUP, Moments, write
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 from rome.paths import workspace
-from rome.second_moment import MomentOrigin, SecondMoment, import_npz, load, save
+from rome.second_moment import MomentOrigin, import_npz, load, load_factor, save
 from rome.solver import UnsolvableError
 
 # The limit of a record, which workers have by default, does not fit thousands of texts.
@@ -44,13 +46,13 @@ _TOKENS_A_KEY = 20
 _NOT_RECORDED = "not recorded"
 
 
-def ensure(config: RunConfig, fingerprint: str) -> dict[int, str]:
+def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[int, str]:
     """The second moment of each layer that the run's editors need: layer -> safetensors file.
 
-    `fingerprint`: of the model's weights. What is not there is computed, in one pass over the
-    corpus for all layers; an interrupted pass goes on where it was. Raises UnsolvableError where
-    the corpus has too few tokens, ValueError where the corpus or a given file cannot be used,
-    RunError and LockedError as `cluster.run.run`.
+    `outline`: of the model, and `fingerprint`: of its weights. What is not there is computed, in
+    one pass over the corpus for all layers; an interrupted pass goes on where it was. Raises
+    UnsolvableError where the corpus has too few tokens, ValueError where the corpus or a given file
+    cannot be used, RunError and LockedError as `cluster.run.run`.
     """
     editors = [config.editor(name) for name in config.editors]
     layers = sorted(
@@ -59,7 +61,6 @@ def ensure(config: RunConfig, fingerprint: str) -> dict[int, str]:
     if not layers:
         return {}
     folder = workspace() / "second_moments" / quote(config.model.name, safe="")
-    outline = models.outline(config.model.source, config.model.name)
     for layer in layers:
         outline.down_projection(layer)  # Raises before any work where there is no such layer.
     if config.model.second_moment.file is not None:
@@ -95,19 +96,16 @@ def _given(
             f"{path}: no such file; model.second_moment.file must name a second moment of layer "
             f"{layer}, or be null to compute one from model.second_moment.corpus"
         )
-    npz = path.suffix == ".npz"
-    if not npz:
-        moment, origin = load(path)
-        _check(path, moment, origin, model, layer, fingerprint)
-        if origin is not None:
-            return path
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.suffix != ".npz" and (found := load_factor(path)):
+        factor_KK, _, origin = found
+        _check(path, factor_KK, model, layer)
+        _check_origin(path, origin, model.weight_name(layer), fingerprint)
+        return path
+    digest = file_sha256(str(path))
     imported = folder / f"layer-{layer}-{digest[:12]}.safetensors"
     if not imported.exists():
-        if npz:
-            moment = import_npz(path)
-            _check(path, moment, None, model, layer, fingerprint)
+        moment = import_npz(path) if path.suffix == ".npz" else load(path)[0]
+        _check(path, moment.sum_KK, model, layer)
         say(f"note: {path} does not say which weights it is of; those of {config.name} are assumed")
         origin = MomentOrigin(
             model=config.name,
@@ -121,32 +119,30 @@ def _given(
     return imported
 
 
-def _check(
-    path: Path,
-    moment: SecondMoment,
-    origin: MomentOrigin | None,
-    model: EditableModel,
-    layer: int,
-    fingerprint: str,
-) -> None:
-    expected, size = model.sizes(model.weight_name(layer))[1], len(moment.sum_KK)
+def _check(path: Path, matrix_KK: Tensor, model: EditableModel, layer: int) -> None:
+    """Raises ValueError where C, or its factor, has not the layer's size, or is not finite."""
+    expected, size = model.sizes(model.weight_name(layer))[1], len(matrix_KK)
     if size != expected:
         raise ValueError(
             f"{path} must be over the {expected} key dimensions of layer {layer} of {model.name}, "
             f"got {size}: it is of another model"
         )
-    if not moment.sum_KK.isfinite().all():
+    if not matrix_KK.isfinite().all():
         raise ValueError(f"{path} must be finite, but holds infinities or NaN: compute it again")
-    if origin is not None and origin.weight != model.weight_name(layer):
+
+
+def _check_origin(path: Path, origin: MomentOrigin, weight: str, fingerprint: str) -> None:
+    """Raises ValueError where a file is of another weight, or of other weights, than the run's."""
+    if origin.weight != weight:
         raise ValueError(
-            f"{path} must be of {model.weight_name(layer)}, but is of {origin.weight}; write "
-            "{layer} where its name has the layer"
+            f"{path} must be of {weight}, but is of {origin.weight}; write {{layer}} where its "
+            "name has the layer"
         )
-    known = origin.model_fingerprint if origin else _NOT_RECORDED
-    if known not in (fingerprint, _NOT_RECORDED):
+    if origin.model_fingerprint not in (fingerprint, _NOT_RECORDED):
         raise ValueError(
             f"{path} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
-            f"is of others ({known[:16]}): compute it for them, or give the file that is theirs"
+            f"is of others ({origin.model_fingerprint[:16]}): compute it for them, or give the "
+            "file that is theirs"
         )
 
 
@@ -218,7 +214,7 @@ def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:
     Decided when a pass begins, since a chunk may be in one sum only.
     """
     if not parts.exists(_LEASE):
-        workers = 1 if settings.workers == 0 else number_of_workers(settings)
+        workers = number_of_workers(settings)
         leases = max(workers, min(4 * workers, -(-corpus.chunks // _CHUNKS_A_LEASE)))
         chunks = max(1, corpus.chunks // leases)
         parts.write_bytes(_LEASE, json.dumps({"chunks": chunks}).encode())
@@ -236,8 +232,9 @@ def main(
     """Compute the second moments that a run needs; what is there already is not done again."""
     with cli.errors(*FAILURES):
         run_config = configs.load(config, overrides or [])
+        outline = models.outline(run_config.model.source, run_config.model.name)
         fingerprint = once(model_fingerprint, run_config.model, settings=run_config.workers)
-        files = ensure(run_config, fingerprint)
+        files = ensure(run_config, outline, fingerprint)
     for layer, file in files.items():
         print(f"{layer}\t{file}")
     if not files:

@@ -80,15 +80,13 @@ def _manifest(
     now = {"config": _plain(config), "facts": {"sha256": digest}}
     if store.exists(MANIFEST):
         there = _read(store)
-        _refuse_another(store, there, now)
+        manifests.refuse_another(store, there, now)
         return there
     found = once(_model_facts, config, subjects, settings=config.workers)
     manifest = {"name": config.name, **now, **found}
-    return manifests.claim(store, manifest, lambda there: _refuse_another(store, there, now))
-
-
-def _refuse_another(store: Store, there: dict[str, Any], now: dict[str, Any]) -> None:
-    configs.refuse_another(store.uri, {key: there[key] for key in now}, now, "run")
+    return manifests.claim(
+        store, manifest, lambda there: manifests.refuse_another(store, there, now)
+    )
 
 
 def _read(store: Store) -> dict[str, Any]:

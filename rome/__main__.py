@@ -159,13 +159,10 @@ def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
     """The target's probability, and what the model says, without and with the edit."""
     request, both = edit.request, [UNEDITED, edit]
     budget = memory.token_budget(model)
-    asked = [
-        probabilities.Query(e, request.text, request.target, request.separator) for e in range(2)
-    ]
+    fact = request.text, request.target, request.separator
+    asked = [probabilities.Query(e, *fact) for e in range(2)]
     scores = probabilities.score(model, asked, both, budget)
-    questions = [
-        greedy.Question(e, request.text, request.target, request.separator) for e in range(2)
-    ]
+    questions = [greedy.Question(e, *fact) for e in range(2)]
     table = Table("", "before", "after")
     table.add_row(f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores))
     table.add_row(f"{request.text} ...", *greedy.say(model, questions, both, budget))

@@ -62,6 +62,8 @@ def edit(
         path = str(second_moment_file).replace("{layer}", str(layer))
         if path.endswith(".npz"):
             return second_moment.import_npz(path).solver()
+        if found := second_moment.load_factor(path):
+            return Solver.of_factor(found[0])
         return second_moment.load(path)[0].solver()
 
     texts = generation.sample_context_texts(model, _TEMPLATE_LENGTHS, seed=0)
@@ -83,5 +85,4 @@ def generate(
     """
     rows = generation.starts(model, texts, 0, case_id=0)
     ids = generation.generate(model, rows, [edit], settings, memory.token_budget(model))
-    said: list[str] = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return said
+    return generation.decode(model, ids)

@@ -29,7 +29,7 @@ from rome.solver import Solver
 
 
 class SpoiledError(Exception):
-    """Sums of which a part is missing, or there twice, are of no use."""
+    """A sum lacks a part or holds one twice, so it is of no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +180,20 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | Non
     Also reads files of the tensors `second_moment` (the mean) and `count`, which say nothing of
     their origin. Raises ValueError where the file holds neither, or is damaged.
     """
+    if found := load_factor(path):
+        factor_KK, count, origin = found
+        return SecondMoment(count * (factor_KK @ factor_KK.T), count), origin
+    tensors, _ = _read(path)
+    count = int(tensors["count"])
+    return _checked(SecondMoment(tensors["second_moment"].double() * count, count), path), None
+
+
+def load_factor(path: str | os.PathLike[str]) -> tuple[Tensor, int, MomentOrigin] | None:
+    """The factor of C, its tokens and its origin from a file that `save` wrote, checked against its
+    fingerprint; None where the file holds the mean instead. Raises ValueError as `load` does."""
     tensors, metadata = _read(path)
     if {"second_moment", "count"} <= tensors.keys():
-        count = int(tensors["count"])
-        return _checked(SecondMoment(tensors["second_moment"].double() * count, count), path), None
+        return None
     if not {"factor", "count"} <= tensors.keys() or "fingerprint" not in metadata:
         raise ValueError(
             f"{os.fspath(path)} is not a second moment: it holds {sorted(tensors)}, expected "
@@ -196,8 +206,7 @@ def load(path: str | os.PathLike[str]) -> tuple[SecondMoment, MomentOrigin | Non
             f"{factor.fingerprint()}, it says {metadata['fingerprint']}. "
             "Delete it and compute it again."
         )
-    sum_KK = factor.count * (factor.sum_KK @ factor.sum_KK.T)
-    return SecondMoment(sum_KK, factor.count), MomentOrigin(**json.loads(metadata["origin"]))
+    return factor.sum_KK, factor.count, MomentOrigin(**json.loads(metadata["origin"]))
 
 
 def held(folder: Path, model: EditableModel, layers: Sequence[int]) -> str | None:

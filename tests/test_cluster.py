@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from cluster.queue import Lease
 from cluster.run import RunError, RunSettings
 from cluster.store import Store
 from cluster.worker import Worker
+from tests.support.commands import program
 from tests.support.fake_task import GRID, GROUPS, FakeTask, FakeWork, drive
 
 TWO = RunSettings(workers=2, num_cpus=0.5, record_seconds=60)
@@ -204,21 +205,9 @@ def test_a_task_that_leaves_a_record_out_commits_nothing(tmp_path: Path) -> None
     assert store.list() == []
 
 
-@contextmanager
-def driver_process(folder: Path, address: str) -> Iterator[subprocess.Popen[str]]:
+def driver_process(folder: Path, address: str) -> AbstractContextManager[subprocess.Popen[str]]:
     environment = {**os.environ, "RAY_ADDRESS": address}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.fake_task", str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return program("tests.support.fake_task", str(folder), environment)
 
 
 def parts(folder: Path) -> set[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 import polars as pl
 import pytest
 from scipy.stats import binomtest
-from typer.testing import CliRunner, Result
 
 from jobs.compare import app
 from rome.analysis.comparison import compare, health
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+from tests.support import commands
 from tests.support.parts_of_runs import result_rows, unpadded, write_part
 
 METRICS = table_of("counterfact")
@@ -54,8 +55,7 @@ def make_run(run_dir: Path, editors: dict[str, list[dict[str, Any]]], **manifest
     return run_dir
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+invoke = partial(commands.invoke, app)
 
 
 def test_mcnemar_takes_the_records_that_differ() -> None:

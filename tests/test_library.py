@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from typer.testing import CliRunner, Result
 
 import rome
 from rome import Request, applied, edit, generate, second_moment, written
@@ -21,7 +21,7 @@ from rome.editors.values import ValueSettings
 from rome.edits.deltas import dense
 from rome.models import EditableModel
 from rome.second_moment import MomentOrigin, SecondMoment
-from tests.support import tiny
+from tests.support import commands, tiny
 
 FACT = Request("{} was born in", "Žižek", "Paris")
 
@@ -120,8 +120,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+invoke = partial(commands.invoke, app)
 
 
 def test_the_command_shows_before_and_after_and_leaves_files(saved: Path) -> None:

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
-from typer.testing import CliRunner
 
 from cluster.lock import LockedError
 from cluster.store import Store
 from jobs.inputs.record_stores import check, describe, prepare
-from jobs.prepare import app
 from rome.data import fact_tables
 from rome.data.facts import Relation
 from rome.data.records import Record, from_table
 from rome.paths import CONFIGS
+from tests.support.commands import command
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -66,8 +65,8 @@ def read(out: Path) -> list[Record]:
 
 def run(*args: object) -> tuple[int, str]:
     """Exit status, and what was printed, in one line."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    return result.exit_code, " ".join(result.output.split())
+    status, output = command("prepare", *args)
+    return status, " ".join(output.split())
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(9, [4, 4, 1]), (8, [4, 4]), (3, [3])])

@@ -3,16 +3,17 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from typer.testing import CliRunner, Result
 
 from jobs.reduce import app, reduce
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
+from tests.support import commands
 from tests.support.parts_of_runs import result_rows, unpadded, write_part
 
 METRICS = table_of("counterfact")
@@ -31,8 +32,7 @@ def make_run(run_dir: Path, records: int = 40, done: int = 40) -> Path:
     return run_dir
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+invoke = partial(commands.invoke, app)
 
 
 def test_the_table_of_a_finished_run(tmp_path: Path) -> None:

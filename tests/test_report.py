@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import polars as pl
 import pytest
 from playwright.sync_api import Browser, Page
-from typer.testing import CliRunner, Result
 
 from jobs.report import app
 from rome.analysis import failures
 from rome.data.results import ERROR, OK
+from tests.support import commands
 from tests.support.browser import LAPTOP, PHONE, browser, opened, overflows
 from tests.support.parts_of_runs import write_part
 from tests.support.runs_to_report import EDITORS, HOSTILE, make_rows, make_run
@@ -25,8 +26,7 @@ from tests.support.runs_to_report import EDITORS, HOSTILE, make_rows, make_run
 __all__ = ["browser"]
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+invoke = partial(commands.invoke, app)
 
 
 @pytest.fixture(scope="module")

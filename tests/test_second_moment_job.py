@@ -23,6 +23,7 @@ from jobs.inputs.corpus import Passages
 from jobs.runs import config as configs
 from jobs.runs.config import CorpusConfig, RunConfig
 from jobs.tasks import moments
+from rome import models
 from rome.models import EditableModel
 from rome.models.families import FAMILIES
 from rome.second_moment import accumulate, load
@@ -79,7 +80,10 @@ def config_of(folder: Path, workers: int = 2, **settings: Any) -> RunConfig:
 
 
 def ensure(config: RunConfig) -> dict[int, str]:
-    return second_moment.ensure(config, tiny.model("gpt2", "float32").fingerprint())
+    model = tiny.model("gpt2", "float32")
+    return second_moment.ensure(
+        config, models.outline(config.model.source, config.model.name), model.fingerprint()
+    )
 
 
 @pytest.fixture(scope="module")

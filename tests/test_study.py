@@ -7,22 +7,22 @@ import gzip
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page
-from typer.testing import CliRunner, Result
 
 from jobs.study import QUESTIONS, app, make, tally
+from tests.support import commands
 from tests.support.browser import LAPTOP, PHONE, browser, opened, overflows
 from tests.support.runs_to_report import HOSTILE, make_run
 
 __all__ = ["browser"]
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+invoke = partial(commands.invoke, app)
 
 
 @pytest.fixture(scope="module")

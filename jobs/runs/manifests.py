@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.lock import RunLock
 from cluster.store import Store
+from jobs.runs import config as configs
 
 MANIFEST = "manifest.json"
 _OF_A_RUN = ("name", "records", "editors")
@@ -42,6 +43,11 @@ def benchmark(records: Store) -> dict[str, Any]:
     keys = ("name", "version", "fingerprint")
     manifest = read(records, keys, "Prepare the records again with jobs.prepare.")
     return {key: manifest[key] for key in keys}
+
+
+def refuse_another(store: Store, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the manifest in a run directory is not what this run has `now`."""
+    configs.refuse_another(store.uri, {key: there[key] for key in now}, dict(now), "run")
 
 
 def claim(

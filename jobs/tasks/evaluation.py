@@ -39,6 +39,8 @@ from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts, words
 from rome.solver import Solver
 
+log = logging.getLogger(__name__)
+
 
 def group_of(config: RunConfig, benchmark: str, editor: str) -> str:
     """The hive path of an editor's parts."""
@@ -77,8 +79,6 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
-
-log = logging.getLogger(__name__)
 
 _Done = tuple[dict[str, Any], Edit | None]
 

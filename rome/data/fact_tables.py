@@ -11,6 +11,7 @@ from rome import yaml_text
 from rome.data.facts import Fact, FactTable, Relation
 
 _LIST_KEYS = ("templates", "generation", "statements")
+_COLUMNS = {"relation", "templates", "subject", "object"}
 
 
 def read_yaml(data: bytes) -> FactTable:
@@ -65,9 +66,6 @@ def read_csv(data: bytes) -> FactTable:
         relations[name] = relation
         relation.facts.append(Fact(f"line {line}", row["subject"], row["object"]))
     return FactTable(list(relations.values()), (), bad)
-
-
-_COLUMNS = {"relation", "templates", "subject", "object"}
 
 
 def _csv_rows(data: bytes) -> Iterator[tuple[int, list[str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -42,11 +42,7 @@ class Request:
         """Raises ValueError with the first rule of a request that this one breaks."""
         for name in ("prompt", "subject", "target"):
             check_text(name, getattr(self, name))
-        for name in ("subject", "target"):
-            if (value := getattr(self, name)) != value.strip():
-                raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
-        if self.prompt.count("{}") != 1:
-            raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
+        _check_fact(self, ("subject", "target"))
 
 
 @dataclass(frozen=True)
@@ -98,12 +94,7 @@ class Record:
         true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
         for name in ("prompt", "subject", "target_new", true):
             check_text(name, getattr(self, name))
-        for name in ("subject", "target_new", "target_true", "neighborhood_target"):
-            value = getattr(self, name)
-            if value is not None and value != value.strip():
-                raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
-        if self.prompt.count("{}") != 1:
-            raise ValueError(f"prompt must contain exactly one '{{}}', got {self.prompt!r}")
+        _check_fact(self, ("subject", "target_new", "target_true", "neighborhood_target"))
         if self.separator not in ("", " "):
             raise ValueError(f"separator must be a space or empty, got {self.separator!r}")
         if self.target_true and one_form(self.target_new) == one_form(self.target_true):
@@ -116,6 +107,16 @@ class Record:
                 raise ValueError(f"{name} must have at most {size} entries, got {len(prompts)}")
             for i, prompt in enumerate(prompts):
                 check_text(f"{name}[{i}]", prompt)
+
+
+def _check_fact(fact: Request | Record, words: Sequence[str]) -> None:
+    """The rules that requests and records share: of the fields in `words`, and of the prompt."""
+    for name in words:
+        value = getattr(fact, name)
+        if value is not None and value != value.strip():
+            raise ValueError(f"{name} must not begin or end with white space, got {value!r}")
+    if fact.prompt.count("{}") != 1:
+        raise ValueError(f"prompt must contain exactly one '{{}}', got {fact.prompt!r}")
 
 
 _WITHOUT_SPACES = (

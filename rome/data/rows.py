@@ -56,6 +56,18 @@ def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
+def _given(row: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A column's value; null, which a row has if only others have the column, is the default."""
+    return default if row.get(name) is None else row[name]
+
+
+def _without(subject: str, name: str, text: str) -> str:
+    """A text with `{}` in the place of its subject. Raises ValueError if that is not in it once."""
+    if text.count(subject) != 1:
+        raise ValueError(f"{name} must contain the subject {subject!r} exactly once, got {text!r}")
+    return text.replace(subject, "{}")
+
+
 def from_counterfact(row: Mapping[str, Any]) -> Record:
     """A record of the original JSON schema, checked.
 
@@ -80,7 +92,7 @@ def from_counterfact(row: Mapping[str, Any]) -> Record:
         target_new_id=new.get("id"),
         target_true_id=true.get("id"),
         **lists,
-        separator=" " if row.get("separator") is None else row["separator"],
+        separator=_given(row, "separator", " "),
     )
     record.check()
     return record
@@ -99,15 +111,14 @@ def from_zsre(row: Mapping[str, Any], case_id: int) -> Record:
     for name in ("subject", "src", "loc"):
         check_text(name, row.get(name))
     subject, src, answers = row["subject"], row["src"], row.get("answers")
-    if src.count(subject) != 1:
-        raise ValueError(f"src must contain the subject {subject!r} exactly once, got {src!r}")
+    prompt = _without(subject, "src", src)
     if not isinstance(answers, list) or not answers:
         raise ValueError(f"answers must be a list with at least one text, got {answers!r}")
     check_text("loc_ans", row.get("loc_ans"))
     record = Record(
         case_id=case_id,
         relation_id=None,
-        prompt=src.replace(subject, "{}"),
+        prompt=prompt,
         subject=subject,
         target_new=answers[0],
         target_true=None,
@@ -133,18 +144,15 @@ def from_easyedit(row: Mapping[str, Any], place: int) -> Record:
     """
     for name in ("subject", "prompt", "ground_truth"):
         check_text(name, row.get(name))
-    subject, prompt = row["subject"], row["prompt"]
-    if prompt.count(subject) != 1:
-        raise ValueError(
-            f"prompt must contain the subject {subject!r} exactly once, got {prompt!r}"
-        )
+    subject = row["subject"]
+    prompt = _without(subject, "prompt", row["prompt"])
     asked = {name: row.get(name) for name in ("rephrase_prompt", "locality_prompt")}
     if asked["locality_prompt"] is not None:
         check_text("locality_ground_truth", row.get("locality_ground_truth"))
     record = Record(
-        case_id=place if row.get("case_id") is None else row["case_id"],
+        case_id=_given(row, "case_id", place),
         relation_id=None,
-        prompt=prompt.replace(subject, "{}"),
+        prompt=prompt,
         subject=subject,
         target_new=row.get("target_new"),  # type: ignore[arg-type]  # checked below
         target_true=row["ground_truth"],
@@ -155,7 +163,7 @@ def from_easyedit(row: Mapping[str, Any], place: int) -> Record:
         attribute_prompts=(),
         generation_prompts=(),
         neighborhood_target=asked["locality_prompt"] and row["locality_ground_truth"],
-        separator=" " if row.get("separator") is None else row["separator"],
+        separator=_given(row, "separator", " "),
     )
     record.check()
     return record

@@ -31,12 +31,6 @@ class LowRankDelta:
         return float(gram.sum().clamp(min=0).sqrt())
 
 
-def low_rank_pays(D: int, K: int, rank: int) -> bool:
-    """True if a change of this rank takes less memory, and fewer products a token, as two factors
-    than multiplied out: up to D K / (D + K), which is K / 5 where K is 4 D."""
-    return rank * (D + K) < D * K
-
-
 @dataclass(frozen=True)
 class DenseDelta:
     """W' = W + change for a map x_K -> y_D: [D, K] whatever the layout of the weight.
@@ -128,10 +122,12 @@ def dense(delta: Delta) -> Tensor:
 
 
 def cheapest(delta: Delta) -> Delta:
-    """The change as it takes the least memory and products: multiplied out from a rank on."""
-    if isinstance(delta, DenseDelta) or low_rank_pays(len(delta.left_DR), *delta.right_KR.shape):
+    """The change as it takes the least memory, and the fewest products a token: as two factors
+    below the rank D K / (D + K), which is K / 5 where K is 4 D, and multiplied out above."""
+    if isinstance(delta, DenseDelta):
         return delta
-    return DenseDelta(dense(delta))
+    D, (K, R) = len(delta.left_DR), delta.right_KR.shape
+    return delta if R * (D + K) < D * K else DenseDelta(dense(delta))
 
 
 def _cheapest(deltas: Sequence[Delta | None]) -> list[Delta | None]:

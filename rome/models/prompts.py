@@ -143,11 +143,10 @@ def pad(
     pivots = columns if columns is not None else [0] * len(rows)
     left = max(pivots)
     right = max(len(row) - pivot for row, pivot in zip(rows, pivots, strict=True))
-    ids = [
-        [row[0] if row else 0] * (left - pivot)
-        + [*row, *[row[0] if row else 0] * (right - len(row) + pivot)]
-        for row, pivot in zip(rows, pivots, strict=True)
-    ]
+    ids = []
+    for row, pivot in zip(rows, pivots, strict=True):
+        filling = list(row[:1]) or [0]
+        ids.append(filling * (left - pivot) + list(row) + filling * (right - len(row) + pivot))
     begin_B1 = torch.tensor([[left - pivot] for pivot in pivots])
     end_B1 = begin_B1 + torch.tensor([[len(row)] for row in rows])
     column_T = torch.arange(left + right)

@@ -6,14 +6,13 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 from torch import Tensor
 
-from rome.data.records import Record
+from rome.data.records import Record, one_form
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory, prompts
 from rome.scoring import decoding, generation
@@ -99,7 +98,7 @@ def _rows(model: EditableModel, questions: Sequence[Question]) -> list[Row]:
 def until_stop(text: str, target: str) -> str:
     """The part of a text that `say` keeps."""
     # In one normal form, since a tokenizer may compose what a record has decomposed.
-    text, target = (unicodedata.normalize("NFC", part.strip()) for part in (text, target))
+    text, target = (one_form(part.strip()) for part in (text, target))
     stop = _STOP.search(text, len(target) if text.startswith(target) else 0)
     return text[: stop.end()].rstrip() if stop else text
 

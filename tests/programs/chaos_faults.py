@@ -7,12 +7,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow as pa
 from cluster.store import Store
 from tests.programs.chaos_nodes import Nodes
 from tests.programs.chaos_task import GROUP, SHARDS, Spec
+from tests.support.commands import program
 
 TASK = "tests.programs.chaos_task"
 LIMIT = 150
@@ -39,21 +39,10 @@ class Scene:
     poison: dict[int, str] = field(default_factory=dict)
     """Case ids that must end as dead letters, and what their errors say."""
 
-    @contextmanager
-    def driver(self, **changes: Any) -> Iterator[subprocess.Popen[str]]:
+    def driver(self, **changes: Any) -> AbstractContextManager[subprocess.Popen[str]]:
         """A driver in a process of its own, killed at the end if it still runs."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", TASK, self.spec.changed(**changes).dump()],
-            env=self.environment | {"RAY_ADDRESS": self.nodes.address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        environment = self.environment | {"RAY_ADDRESS": self.nodes.address}
+        return program(TASK, self.spec.changed(**changes).dump(), environment)
 
     def finish(self, process: subprocess.Popen[str], status: int = 0) -> dict[str, Any]:
         """What a driver answers that must end with a status."""

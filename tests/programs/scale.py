@@ -1,4 +1,4 @@
-"""What the driver costs, and how well many workers are used: `make scale`.
+"""Measure the driver's cost, and how well many workers are used: `make scale`.
 
 All rows of COUNTERFACT (or as many made-up ones) go the whole way, from shards of records to a
 part of result rows a lease, with an editor that only sleeps. Ends with 1 if a bound is not held.

@@ -1,1 +1,1 @@
-"""What tests and programs share: tiny models, oracles, made-up runs, servers."""
+"""Shared by tests and programs: tiny models, oracles, made-up runs, servers."""
