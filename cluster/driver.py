@@ -58,7 +58,7 @@ class Driver:
         self._slots: list[Slot] = []
         self._looked = 0.0
         self._draining: set[str] = set()
-        self._row_seconds: deque[float] = deque(maxlen=64)
+        self._record_seconds: deque[float] = deque(maxlen=64)
         self._failing_since: float | None = None
 
     def drive(self, stop: threading.Event, lock: RunLock) -> bool:
@@ -136,12 +136,12 @@ class Driver:
 
     def _copy(self, idle: Slot, now: float) -> Lease | None:
         """A lease of a worker that is so slow that an idle one may be done with it before."""
-        if not self._row_seconds:
+        if not self._record_seconds:
             return None
-        usual = statistics.median(self._row_seconds)
+        usual = statistics.median(self._record_seconds)
         for slot in self._slots:
             lease = slot.oldest
-            if lease is None or now - slot.since < SLOW * usual * lease.rows + 1:
+            if lease is None or now - slot.since < SLOW * usual * self._grid.size(lease) + 1:
                 continue
             if lease.attempt == 1 and self._table.copy(idle.name, lease):
                 self._metrics.copied()
@@ -193,7 +193,7 @@ class Driver:
         slot.since = time.monotonic()
         assert lease is not None
         if report.failure is None:
-            self._row_seconds.append((slot.since - began) / lease.rows)
+            self._record_seconds.append((slot.since - began) / self._grid.size(lease))
             self._failing_since, slot.failures = None, 0
             new = self._table.complete(slot.name, lease, report.errors)
             self._metrics.finished(new, len(report.errors) if new else 0, report.written)
@@ -249,7 +249,7 @@ class Driver:
         self._metrics.finished(exhausted.rows, exhausted.rows, 0)
 
     def _limit(self, lease: Lease) -> float:
-        return self._settings.record_seconds * lease.rows
+        return self._settings.record_seconds * self._grid.size(lease)
 
     def _expire(self) -> None:
         """End workers whose oldest lease is long overdue, which their own watchdog missed."""

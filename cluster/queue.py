@@ -8,9 +8,9 @@ its retry replaces it. `Key` names a row: (group, case_id).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.store import DamagedError, Store
 
@@ -55,6 +55,14 @@ class Grid:
 
     shards: tuple[tuple[int, ...], ...]
     rows: int
+    records: int = 1
+    """The records that a row stands for: a row may take so many times a record's time."""
+    in_order: bool = False
+    """Rows of a shard follow from each other: none is leased before the one before it is done."""
+    after: Key | None = None
+    """No row is leased before this one, of another group, is done."""
+    own: Mapping[str, Grid] = field(default_factory=dict)
+    """The groups that have a grid of their own instead of this one."""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -66,14 +74,30 @@ class Grid:
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
+    def of(self, group: str) -> Grid:
+        """The grid of a group."""
+        return self.own.get(group, self)
+
     def ids(self, lease: Lease) -> tuple[int, ...]:
         """The case ids of a lease, in the order of the shard."""
-        return self.shards[lease.shard][lease.start : lease.stop]
+        return self.of(lease.group).shards[lease.shard][lease.start : lease.stop]
+
+    def size(self, lease: Lease) -> int:
+        """The records of a lease, which its time goes by."""
+        return lease.rows * self.of(lease.group).records
+
+    def before(self, lease: Lease) -> Key | None:
+        """The row that must be done before a lease."""
+        grid = self.of(lease.group)
+        if grid.in_order and lease.start:
+            return lease.group, grid.shards[lease.shard][lease.start - 1]
+        return grid.after
 
     def leases(self, group: str) -> Iterator[Lease]:
-        for number, shard in enumerate(self.shards):
-            for start in range(0, len(shard), self.rows):
-                yield Lease(group, number, start, min(start + self.rows, len(shard)))
+        grid = self.of(group)
+        for number, shard in enumerate(grid.shards):
+            for start in range(0, len(shard), grid.rows):
+                yield Lease(group, number, start, min(start + grid.rows, len(shard)))
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,10 @@ class LeaseTable:
         holds a case id that the grid does not know.
         """
         self._store, self._grid, self._max_attempts = store, grid, max_attempts
-        self.total = len(grid) * len(groups)
+        self.total = sum(len(grid.of(group)) for group in groups)
+        self._queues: dict[str, deque[Lease]] = {}
+        self._pending: deque[Lease] = deque()
+        self._held: dict[Key, list[Lease]] = {}
         self.set_aside: list[str] = []
         """The new places of damaged parts."""
         found = self._read(
@@ -162,7 +189,6 @@ class LeaseTable:
             key for key in found.errors if retry_dead and found.errors[key] is not None
         }
         self._mark(found.errors)
-        self._queues: dict[str, deque[Lease]] = {}
         self._copied: set[Lease] = set()
         self._node_losses: Counter[Lease] = Counter()
         self._groups = groups
@@ -171,7 +197,9 @@ class LeaseTable:
     def queue(self, rows: int) -> None:
         """Queue what is not done in leases of so many rows, while no worker has one."""
         grid = replace(self._grid, rows=rows)
-        self._pending: deque[Lease] = deque(
+        self._pending.clear()
+        self._held.clear()
+        self._put(
             lease
             for group in self._groups
             for whole in grid.leases(group)
@@ -180,12 +208,12 @@ class LeaseTable:
 
     @property
     def pending(self) -> int:
-        """The number of leases that no worker has."""
+        """The number of leases that no worker has and one could do now."""
         return len(self._pending)
 
     @property
     def finished(self) -> bool:
-        return not self._pending and not any(self._queues.values())
+        return not self._pending and not self._held and not any(self._queues.values())
 
     def lease(self, worker: str) -> Lease | None:
         """Hand the next lease to a worker; None where none is pending."""
@@ -218,12 +246,12 @@ class LeaseTable:
     def fail(self, worker: str, lease: Lease) -> Lease | None:
         """A worker could not do a lease and lives on. Returns it if that was its last try."""
         self._drop(worker, lease)
-        return None if self._elsewhere(lease) else self._again(lease)
+        return None if self._elsewhere(lease) or self._is_done(lease) else self._again(lease)
 
     def give_back(self, worker: str, lease: Lease) -> None:
         """A worker could not do a lease through no fault of its records."""
         self._drop(worker, lease)
-        if not self._elsewhere(lease):
+        if not self._elsewhere(lease) and not self._is_done(lease):
             self._pending.appendleft(lease)
 
     def lose(self, worker: str, node_lost: bool = False) -> Lease | None:
@@ -250,10 +278,9 @@ class LeaseTable:
         # At the end of the queue: where workers are killed in a row for another reason, their
         # records are tried again in quieter times.
         if lease.rows > 1:
-            singles = [one for one in lease.singles() if self._keys(one)[0] not in self.done]
-            self._pending.extend(singles)
+            self._put(one for one in lease.singles() if not self._is_done(one))
         elif lease.attempt < self._max_attempts:
-            self._pending.append(replace(lease, attempt=lease.attempt + 1))
+            self._put([replace(lease, attempt=lease.attempt + 1)])
         else:
             return lease
         return None
@@ -262,6 +289,18 @@ class LeaseTable:
         """True if the store has every row of a lease: in its own part or in parts of one."""
         names = {one.part for one in (lease, *lease.singles())}
         self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
+        return self._is_done(lease)
+
+    def _put(self, leases: Iterable[Lease]) -> None:
+        """Queue leases; one whose row before is not done is held back until that is."""
+        for lease in leases:
+            before = self._grid.before(lease)
+            if before is None or before in self.done:
+                self._pending.append(lease)
+            else:
+                self._held.setdefault(before, []).append(lease)
+
+    def _is_done(self, lease: Lease) -> bool:
         return self.done.issuperset(self._keys(lease))
 
     def _read(self, names: Sequence[str]) -> Found:
@@ -283,17 +322,21 @@ class LeaseTable:
             else:
                 self.dead[key] = error
             self.done.add(key)
+            for lease in self._held.pop(key, ()):
+                # What others wait for goes first.
+                first = self._grid.of(lease.group).in_order
+                (self._pending.appendleft if first else self._pending.append)(lease)
 
     def _rest(self, whole: Lease) -> list[Lease]:
         """The rest of a lease: all of it, or those of the grid in it, or single records of them."""
         keys = self._keys(whole)
         if self.done.isdisjoint(keys) and self._retrying.isdisjoint(keys):
             return [whole]
-        if whole.rows > (rows := self._grid.rows):
+        if whole.rows > (rows := self._grid.of(whole.group).rows):
             starts = range(whole.start, whole.stop, rows)
             parts = [replace(whole, start=i, stop=min(i + rows, whole.stop)) for i in starts]
             return [lease for part in parts for lease in self._rest(part)]
-        return [one for one in whole.singles() if self._keys(one)[0] not in self.done]
+        return [one for one in whole.singles() if not self._is_done(one)]
 
     def _keys(self, lease: Lease) -> list[Key]:
         return [(lease.group, case_id) for case_id in self._grid.ids(lease)]
@@ -303,8 +346,11 @@ class LeaseTable:
             queue.remove(lease)
 
     def _refuse_strangers(self, found: Found) -> None:
-        known = {case_id for shard in self._grid.shards for case_id in shard}
-        if strangers := [key for key in found.errors if key[1] not in known]:
+        known = {
+            group: {case_id for shard in self._grid.of(group).shards for case_id in shard}
+            for group in {group for group, _ in found.errors}
+        }
+        if strangers := [key for key in found.errors if key[1] not in known[key[0]]]:
             group, case_id = strangers[0]
             raise ValueError(
                 f"{self._store.uri}/{group} holds case {case_id} ({len(strangers)} such rows), "

@@ -166,7 +166,7 @@ class Worker:
     def _do(self, task: Task, lease: Lease) -> Report:
         failure: Report | None = None
         started = time.monotonic()
-        with time_limit(self._settings.record_seconds * lease.rows):
+        with time_limit(self._settings.record_seconds * self._grid.size(lease)):
             try:
                 table = task.run(lease)
             except (StoreError, DamagedError) as error:

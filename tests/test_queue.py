@@ -272,3 +272,72 @@ def test_a_damaged_part_is_set_aside_and_its_rows_are_done_again(store: Store) -
     assert store.exists(table.set_aside[0])
     assert not store.exists(damaged.part)
     assert spans(drain(table)) == [(0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
+
+
+def test_a_lease_that_another_did_is_not_done_again_because_a_copy_of_it_failed(
+    store: Store,
+) -> None:
+    table = LeaseTable(store, [GROUP], GRID, max_attempts=1)
+    lease = take(table, "slow")
+    assert table.copy("fast", lease)
+    table.complete("fast", lease, {})
+    pending = table.pending
+    assert table.fail("slow", lease) is None
+    table.give_back("slow", lease)
+    assert table.pending == pending
+
+
+BATCHES, SCORES = "batches/editor=memit", "benchmark=b/model=m/editor=memit/edits=4"
+CHAIN = Grid(
+    GRID.shards,
+    rows=2,
+    own={
+        BATCHES: Grid((tuple(range(4)),), rows=1, records=100, in_order=True),
+        SCORES: Grid(((10, 20),), rows=2, after=(BATCHES, 1)),
+    },
+)
+
+
+def test_rows_in_order_wait_for_each_other_and_groups_for_a_row_of_another(store: Store) -> None:
+    table = LeaseTable(store, [BATCHES, SCORES], CHAIN)
+    assert (table.total, table.pending) == (6, 1)
+    first = take(table, "a")
+    assert CHAIN.size(first) == 100
+    assert table.lease("b") is None
+    table.complete("a", first, {})
+    second = take(table, "a")
+    assert (second.group, second.start) == (BATCHES, 1)
+    table.complete("a", second, {})
+    # The chain goes on first, and its scores are done beside it.
+    assert take(table, "a").start == 2
+    scores = take(table, "b")
+    assert (scores.group, CHAIN.ids(scores)) == (SCORES, (10, 20))
+    assert table.lease("c") is None
+    assert not table.finished
+
+
+def test_a_chain_goes_on_from_its_last_part_and_past_a_dead_letter(store: Store) -> None:
+    def write(row: int, error: str | None = None) -> None:
+        errors = pa.array([error], pa.string())
+        part = Lease(BATCHES, 0, row, row + 1).part
+        store.write_table(part, pa.table({"case_id": [row], "error": errors}))
+
+    write(0)
+    write(1, "no such key")
+    table = LeaseTable(store, [BATCHES, SCORES], CHAIN)
+    assert spans(drain(table)) == [(0, 2, 3, 1), (0, 0, 2, 1)]
+    # A dead letter that is tried again holds back what follows from it.
+    table = LeaseTable(store, [BATCHES, SCORES], CHAIN, retry_dead=True)
+    assert spans(drain(table)) == [(0, 1, 2, 1)]
+
+
+def test_a_lease_of_a_chain_that_failed_goes_row_by_row(store: Store) -> None:
+    grid = Grid((), 1, own={BATCHES: Grid((tuple(range(4)),), rows=2, in_order=True)})
+    table = LeaseTable(store, [BATCHES], grid)
+    table.fail("a", take(table, "a"))
+    first = take(table, "a")
+    assert (first.start, first.stop, table.pending) == (0, 1, 0)
+    table.complete("a", first, {})
+    assert spans([take(table, "a")]) == [(0, 1, 2, 1)]
+    table.complete("a", Lease(BATCHES, 0, 1, 2), {})
+    assert spans([take(table, "a")]) == [(0, 2, 4, 1)]
