@@ -5,10 +5,12 @@ The registry maps the name that configs use to settings and to a function that b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from rome.data.records import Request
 from rome.editors.fine_tuning import (
@@ -41,6 +43,28 @@ class JointEditor(Editor, Protocol):
 
     def edit_together(self, requests: Sequence[Request]) -> Edit:
         """One edit for all requests, computed from the unedited model; it carries the last one."""
+        ...
+
+
+State = Mapping[str, torch.Tensor]
+"""The tensors that an editor carries from batch to batch of a chain, under names that one file can
+hold (`layer.5.keys`); in their dtypes, on any device."""
+
+
+@runtime_checkable
+class ChainEditor(Protocol):
+    """An editor that carries a state through a chain of batches."""
+
+    def begin(self) -> State:
+        """The state before the first batch, of the unedited model."""
+        ...
+
+    def edit_batch(self, requests: Sequence[Request], state: State) -> tuple[Edit, State]:
+        """One edit of all requests, and the state for the next batch.
+
+        The model has the edits of earlier batches written in its weights, and the deltas are
+        relative to these.
+        """
         ...
 
 
