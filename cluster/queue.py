@@ -196,7 +196,11 @@ class LeaseTable:
 
     def queue(self, rows: int) -> None:
         """Queue what is not done in leases of so many rows, while no worker has one."""
-        grid = replace(self._grid, rows=rows)
+        own = {
+            group: grid if grid.in_order else replace(grid, rows=rows)
+            for group, grid in self._grid.own.items()
+        }
+        grid = replace(self._grid, rows=rows, own=own)
         self._pending.clear()
         self._held.clear()
         self._put(

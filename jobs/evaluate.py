@@ -12,8 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
 import typer
 
+from cluster.queue import Grid
 from cluster.run import FAILURES, once, run
 from cluster.store import Store
 from jobs import cli, second_moment
@@ -23,11 +25,13 @@ from jobs.inputs.sources import reversed_prompts
 from jobs.reduce import reduce, show
 from jobs.runs import config as configs
 from jobs.runs import manifests
+from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.tasks import stored_edits
-from jobs.tasks.evaluation import Evaluation, group_of, model_facts
+from jobs.tasks.chains import HELD_OUT
+from jobs.tasks.evaluation import Evaluation, group_of, held_out, model_facts
 from jobs.tasks.training import trained
 from rome import models
 from rome.analysis.metrics import PROTOCOL
@@ -48,28 +52,31 @@ def evaluate(config: RunConfig, out: str) -> int:
     records = record_store(config.benchmark)
     if config.edits:  # Absolute, since a worker's folder is another.
         config = replace(config, edits=Store(config.edits).uri)
+    check(records)
+    benchmark = manifests.benchmark(records)["name"]
+    rows = config.lease(gpus=False)
+    grid = grid_of(records, config.records, rows, max(map(config.together, config.editors)))
+    groups, chains = _groups(config, benchmark, grid)
     manifest = _manifest(config, store, records)
     config = _sized(config, manifest.get("model_bytes", 0))
-    benchmark = manifest["benchmark"]["name"]
+    if chains:
+        grid = with_chains(grid, chains)
+        _hold_out(config, store)
     evaluation = Evaluation(
         config=config,
         records=records,
-        grid=grid_of(
-            records,
-            config.records,
-            config.lease(gpus=False),
-            max(config.grouping(name).size for name in config.editors),
-        ),
+        grid=grid,
         templates=tuple(manifest["context_templates"]),
         second_moments={int(layer): file for layer, file in manifest["second_moments"].items()},
         weights=manifest["weights"],
         reversed_prompts=manifest["reversed_prompts"],
-        keep=store if config.keep_edits else None,
+        run=store,
+        chains={group: chain for chain in chains for group in groups_of([chain])},
     )
     outcome = run(
         store.sub("results"),
-        [group_of(config, benchmark, editor) for editor in config.editors],
-        evaluation.grid,
+        [*groups_of(chains), *groups],
+        grid,
         evaluation,
         config.workers,
         gpu_rows=config.lease(gpus=True),
@@ -79,6 +86,27 @@ def evaluate(config: RunConfig, out: str) -> int:
     if outcome.done:
         show(reduce([store.uri]))
     return cli.ended(outcome, "rows", "case")
+
+
+def _groups(config: RunConfig, benchmark: str, grid: Grid) -> tuple[list[str], list[Chain]]:
+    """The groups of the rows that are no chains, and the chains of the others."""
+    ids = [case_id for shard in grid.shards for case_id in shard]
+    groups, chains = [], []
+    for editor in config.editors:
+        group = group_of(config, benchmark, editor)
+        if config.grouping(editor).checkpoints:
+            chains += chains_of(config, editor, group, ids)
+        else:
+            groups.append(group)
+    return groups, chains
+
+
+def _hold_out(config: RunConfig, store: Store) -> None:
+    """Keep the texts on which drift is measured, unless they are there."""
+    if not store.exists(HELD_OUT):
+        ids = once(held_out, config.model, settings=config.workers)
+        column = pa.array(ids, pa.list_(pa.int32()))
+        store.write_table(HELD_OUT, pa.table({"ids": column}))
 
 
 def _sized(config: RunConfig, model_bytes: int) -> RunConfig:
@@ -105,7 +133,6 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
             "line writes it again and goes on with the rows that are there.",
         )
         manifests.refuse_another(store, there, now)
-        check(records)
         if there["code"] != _code():
             say("note: the code is not what this run began with; its rows may be of both")
         for key, what in _FILES.items():
@@ -113,8 +140,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                 if Path(known["file"]).exists():  # The workers' files may be on other machines.
                     unchanged(known, what)
         return there
-    # Refused at once: what is not there or not whole, and what does not fit.
-    check(records)
+    # Refused at once: what is not there or does not fit.
     weights = _weights(config)
     outline = models.outline(config.model.source, config.model.name)
     refuse_what_does_not_fit(config, outline)

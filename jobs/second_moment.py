@@ -41,8 +41,6 @@ _CHUNK_SECONDS = 3600.0
 # Of a corpus in so many chunks at most, a worker loses this many when it dies.
 _CHUNKS_A_LEASE = 64
 _LEASE = "lease.json"
-# Tokens for each dimension of a key, with `tokens: auto` (Gupta et al. 2025, arXiv 2506.04226).
-_TOKENS_A_KEY = 20
 _NOT_RECORDED = "not recorded"
 
 
@@ -65,19 +63,12 @@ def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[
         outline.down_projection(layer)  # Raises before any work where there is no such layer.
     if config.model.second_moment.file is not None:
         return {n: str(_given(config.model, outline, n, folder, fingerprint)) for n in layers}
-    corpus = _sized(config.model.second_moment, outline, layers[0])
+    corpus = corpora.sized(config.model.second_moment, outline, layers[0])
     key = _key(corpus, fingerprint)
     files = {n: folder / f"layer-{n}-{key}.safetensors" for n in layers}
     if missing := {n: file for n, file in files.items() if not file.exists()}:
         _compute(config, corpus, outline, missing, key, fingerprint)
     return {n: str(file) for n, file in files.items()}
-
-
-def _sized(corpus: CorpusConfig, model: EditableModel, layer: int) -> CorpusConfig:
-    """With a number of tokens in the place of `auto`."""
-    if corpus.tokens != "auto":
-        return corpus
-    return replace(corpus, tokens=_TOKENS_A_KEY * model.sizes(model.weight_name(layer))[1])
 
 
 def _key(corpus: CorpusConfig, fingerprint: str) -> str:

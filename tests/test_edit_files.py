@@ -202,12 +202,12 @@ def test_a_run_scores_the_edits_of_another_without_editing(
 
 
 def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
-    config = run_config(tmp_path)
+    config = run_config(tmp_path, "keep_edits=true")
     records = Store(tmp_path / "everyday")
     grid = grid_of(records, config.records, 2)
     group = "benchmark=everyday/model=tiny/editor=rome"
     kept = Store(tmp_path / "kept")
-    task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), keep=kept))
+    task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), run=kept))
     first = next(grid.leases(group))
     kept.write_table(f"results/{first.part}", task.run(first))
     other = replace(config, edits=kept.uri)
@@ -248,11 +248,11 @@ class Fragile:
 def test_a_record_that_cannot_be_done_is_a_row_at_once_and_its_neighbours_are_done(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = run_config(tmp_path)
+    config = run_config(tmp_path, "keep_edits=true")
     records = Store(tmp_path / "everyday")
     grid = grid_of(records, config.records, 4)
     kept = Store(tmp_path / "kept")
-    task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), keep=kept))
+    task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), run=kept))
     lease = next(grid.leases("benchmark=everyday/model=tiny/editor=rome"))
     good = task.run(lease).to_pylist()
     subjects = [row["subject"] for row in good]

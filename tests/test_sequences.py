@@ -184,6 +184,25 @@ def test_together_is_one_edit_for_all() -> None:
         grouped(model, rome(model), Grouping(edits_per_model=5))
 
 
+@pytest.mark.parametrize("scored", ["after", "end"])
+def test_batches_follow_each_other(scored: Literal["after", "end"]) -> None:
+    """Each is made on the weights with those before it, written by hand."""
+    model = tiny.model("gpt2")
+    expected = []
+    with ExitStack() as stack:
+        for some in (RECORDS[:2], RECORDS[2:4], RECORDS[4:]):
+            edit = Joined(rome(model)).edit_together([record.request for record in some])
+            (delta,) = edit.deltas.values()
+            stack.enter_context(edited(model, LAYER, dense(delta)))
+            if scored == "after":
+                expected += scores(model, Unedited(), some)
+        if scored == "end":
+            expected = scores(model, Unedited(), RECORDS)
+    grouping = Grouping(edits_per_model=2, sequence=3, scored=scored)
+    rows = scores(model, grouped(model, Joined(rome(model)), grouping), RECORDS)
+    check_same(rows, [row | {"edit_steps": 3} for row in expected])
+
+
 def test_a_failed_edit_leaves_the_weights_as_they_were() -> None:
     model = tiny.model("gpt2")
     before = model.fingerprint()
@@ -193,10 +212,27 @@ def test_a_failed_edit_leaves_the_weights_as_they_were() -> None:
     assert model.fingerprint() == before
 
 
-@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (2, 2), (-1, 1)])
-def test_a_group_is_made_in_one_way(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=f"got {sizes[0]} and {sizes[1]}"):
-        Grouping(*sizes)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"edits_per_model": 0}, "at least 1, got 0, 1, 1"),
+        ({"sequence": -1}, "at least 1, got 1, -1, 1"),
+        ({"orders": 0, "checkpoints": (1,)}, "at least 1, got 1, 1, 0"),
+        ({"orders": 2}, "orders must be 1 without checkpoints, got 2"),
+        ({"sequence": 4, "checkpoints": (4, 2)}, r"must be rising .* got \[4, 2\]"),
+        ({"sequence": 4, "checkpoints": (2, 2)}, r"must be rising .* got \[2, 2\]"),
+        ({"sequence": 4, "checkpoints": (5,)}, r"the last .* \(4\), got \[5\]"),
+        ({"sequence": 4, "checkpoints": (0, 4)}, r"got \[0, 4\]"),
+        ({"edits_per_model": 2, "sequence": 2, "checkpoints": (3,)}, r"multiples of .* \(2\)"),
+        ({"sequence": 4, "checkpoints": (2,)}, r"the last .* \(4\), got \[2\]"),
+        ({"sequence": 2, "checkpoints": (2,), "scored": "after"}, "scored must be 'end'"),
+    ],
+)
+def test_a_group_is_refused_if_it_contradicts_itself(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grouping(**settings)
 
 
 def run_file(folder: Path, **row: Any) -> Path:
@@ -251,8 +287,8 @@ def test_a_group_must_fit_into_its_lease_and_into_its_editor(tmp_path: Path) -> 
         configs.load(path)
     config = configs.load(path, ["lease_records=8", "editors.many.scored=after"])
     assert config.grouping("many") == Grouping(sequence=4, scored="after")
-    with pytest.raises(ConfigError, match=r"editors\.many\..*one of them 1, got 2 and 4"):
-        configs.load(path, ["lease_records=8", "editors.many.edits_per_model=2"])
+    both = configs.load(path, ["lease_records=8", "editors.many.edits_per_model=2"])
+    assert both.grouping("many").size == 8
     with pytest.raises(ConfigError, match=r"many\.scored: .*'after' or 'end', got 'often'"):
         configs.load(path, ["lease_records=8", "editors.many.scored=often"])
 

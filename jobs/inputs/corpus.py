@@ -11,7 +11,7 @@ import json
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ _SAMPLING_BUDGET = 16_384
 # Neighbours in a file are alike, and its first so many tokens no sample of it.
 _SHUFFLED_TOGETHER = 20_000
 _TOKENISED_TOGETHER = 256
+_HELD_OUT = 32
+_HELD_OUT_TOKENS = 256
+# The number of a text beyond all that a second moment samples.
+_FAR_TEXT = _HELD_OUT << 25
+# Tokens for each dimension of a key, with `tokens: auto` (Gupta et al. 2025, arXiv 2506.04226).
+_TOKENS_A_KEY = 20
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,13 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
         raise ValueError(f"the corpus {config.corpus} cannot be read: {error.strerror}") from error
 
 
+def sized(config: CorpusConfig, model: EditableModel, layer: int = 0) -> CorpusConfig:
+    """With a number of tokens in the place of `auto`."""
+    if config.tokens != "auto":
+        return config
+    return replace(config, tokens=_TOKENS_A_KEY * model.sizes(model.weight_name(layer))[1])
+
+
 def prepare(config: CorpusConfig, model: EditableModel, store: Store) -> Corpus:
     """The corpus of a config, tokenised into `store` where it has passages; the second call reads.
 
@@ -121,6 +134,30 @@ def prepare(config: CorpusConfig, model: EditableModel, store: Store) -> Corpus:
     if not passages.tokens:
         raise ValueError(f"the corpus {config.corpus} has no text")
     return passages
+
+
+def held_out(config: CorpusConfig, model: EditableModel) -> list[list[int]]:
+    """Texts of a corpus that no second moment of this config is made of, as token ids.
+
+    The passages after its tokens; for `self`, texts that the model samples with other seeds.
+    Raises ValueError where the corpus has no passage more.
+    """
+    if config.corpus == SELF or config.file is not None:
+        chunk = _FAR_TEXT // _HELD_OUT
+        return Sampled(_FAR_TEXT + _HELD_OUT, _HELD_OUT).texts(model, chunk)
+    limit = sized(config, model).tokens
+    assert limit != "auto"
+    passages, total = _token_ids(config, model), 0
+    while total < limit and (ids := next(passages, None)):
+        total += len(ids)
+    found = list(islice((ids[:_HELD_OUT_TOKENS] for ids in passages if len(ids) > 1), _HELD_OUT))
+    if not found:
+        raise ValueError(
+            f"the corpus {config.corpus} ends before its second moment does, so that no text is "
+            "left on which a chain's drift could be measured: set "
+            f"model.second_moment.tokens below {total:,}"
+        )
+    return found
 
 
 def _write(

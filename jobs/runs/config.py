@@ -130,6 +130,10 @@ class RunConfig:
         """True if a row's edits come from another run."""
         return self.edits is not None and self.kind(name) != "none"
 
+    def keeps(self, name: str) -> bool:
+        """True if the edits of a row's records are kept."""
+        return self.keep_edits and self.kind(name) != "none"
+
     def editor(self, name: str) -> tuple[str, Any]:
         """The registered editor of a row and its settings. Raises ConfigError."""
         kind = self.kind(name)
@@ -142,19 +146,28 @@ class RunConfig:
         """The records of a row that share an edited model. Raises ConfigError."""
         given = {k: v for k, v in self.editors[name].items() if k in _GROUPING}
         grouping: Grouping = options.validate(Grouping, given, f"editors.{name}.")
-        if self.lease_records and self.lease_records % grouping.size:
+        if self.edits and grouping.checkpoints:
+            raise ConfigError(
+                f"editors.{name}: checkpoints are scored as their edits are made: leave `edits` out"
+            )
+        if self.lease_records and not grouping.checkpoints and self.lease_records % grouping.size:
             raise ConfigError(
                 f"lease_records must be a multiple of {grouping.size}, the records that share a "
                 f"model in editors.{name}, got {self.lease_records}"
             )
         return grouping
 
+    def together(self, name: str) -> int:
+        """The records of a row that must be in one lease. Raises ConfigError."""
+        grouping = self.grouping(name)
+        return 1 if grouping.checkpoints else grouping.size
+
     def lease(self, gpus: bool) -> int:
         """Records of a lease: those of the config, or what fills a worker's batches."""
         if self.lease_records:
             return self.lease_records
         # The records that share an edited model are in one lease.
-        whole = lcm(*(self.grouping(name).size for name in self.editors))
+        whole = lcm(*(self.together(name) for name in self.editors))
         return -(-(128 if gpus else 8) // whole) * whole
 
 

@@ -16,6 +16,10 @@ import polars as pl
 from cluster.store import Store
 
 PARTS = "results/"
+BATCHES = "batches/"
+"""Below PARTS, the parts whose rows are batches of chains (see jobs.runs.chains)."""
+_COLUMNS = ("benchmark", "model", "editor")
+"""The values of a path that rows have not."""
 
 
 def hive_path(**values: str) -> str:
@@ -34,7 +38,8 @@ def collect(store: Store, of: Callable[[pl.LazyFrame], pl.DataFrame]) -> pl.Data
 
     Raises ValueError if there is none, or a part is not whole.
     """
-    parts = store.list(PARTS, ".parquet")
+    batches = f"{PARTS}{BATCHES}"
+    parts = [name for name in store.list(PARTS, ".parquet") if not name.startswith(batches)]
     if not parts:
         raise ValueError(
             f"{store.uri} has no results yet: no part in {PARTS}. "
@@ -56,7 +61,7 @@ def _scan(store: Store, parts: Sequence[str]) -> pl.LazyFrame:
     return pl.concat(
         [
             pl.scan_parquet(files, glob=False, hive_partitioning=False).with_columns(
-                **{key: pl.lit(value) for key, value in hive_values(folder).items()}
+                **{key: pl.lit(hive_values(folder)[key]) for key in _COLUMNS}
             )
             for folder, files in folders.items()
         ]

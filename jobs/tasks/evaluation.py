@@ -18,10 +18,13 @@ import pyarrow.compute as pc
 from cluster.queue import Grid, Lease
 from cluster.store import Store
 from cluster.worker import describe_error
-from jobs.runs.config import RunConfig
+from jobs.inputs import corpus
+from jobs.runs.chains import Chain
+from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.manifests import unchanged
-from jobs.runs.parts import hive_path, hive_values
+from jobs.runs.parts import BATCHES, hive_path, hive_values
 from jobs.tasks import stored_edits
+from jobs.tasks.chains import BATCH_SCHEMA, Chains
 from jobs.tasks.loading import load_model, token_budget
 from jobs.tasks.stored_edits import StoredEdits
 from rome import second_moment
@@ -29,10 +32,11 @@ from rome.analysis.summary import record_metrics
 from rome.data import records
 from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK, RESULT_SCHEMA
-from rome.editors import EDITORS, Editor, Resources, hypernetwork
+from rome.editors import EDITORS, Editor, Resources, Unedited, hypernetwork
+from rome.edits import sequences
 from rome.edits.deltas import Edit
 from rome.edits.files import EditOrigin
-from rome.edits.sequences import grouped, turns
+from rome.edits.sequences import turns
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
@@ -61,21 +65,34 @@ class Evaluation:
     """Name of trained weights -> the same."""
     reversed_prompts: dict[str, str] = field(default_factory=dict)
     """Relation -> prompt, see `rome.scoring.probabilities.Extras`."""
-    keep: Store | None = None
-    """The run directory, where it keeps its edits."""
-
-    def row(self, case_id: int, **values: Any) -> dict[str, Any]:
-        return {"run": self.config.name, "case_id": case_id, "attempts": 1, **values}
+    run: Store | None = None
+    """The run directory, where it keeps its chains, and its edits if it is to."""
+    chains: Mapping[str, Chain] = field(default_factory=dict)
+    """The chain of each group that is of one."""
 
     def task(self) -> EvaluationTask:
         return EvaluationTask(self)
 
     def dead_row(self, lease: Lease, error: str) -> pa.Table:
         (case_id,) = self.grid.ids(lease)
-        return _table([self.row(case_id, status=ERROR, error=error, attempts=lease.attempt)])
+        return self.table(lease, [{"case_id": case_id, "status": ERROR, "error": error}])
+
+    def table(self, lease: Lease, rows: Sequence[Mapping[str, Any]], worker: str = "") -> pa.Table:
+        """Rows of a lease with what they have in common."""
+        common = {"run": self.config.name, "attempts": lease.attempt, "worker": worker or None}
+        chain = self.chains.get(lease.group)
+        if chain and lease.group.startswith(BATCHES):
+            return pa.Table.from_pylist([{**common, **row} for row in rows], schema=BATCH_SCHEMA)
+        if chain is None:
+            return _with_metrics([{**common, "status": OK, **row} for row in rows])
+        edits = int(hive_values(lease.group)["edits"])
+        common |= {"order": chain.order, "edits": edits, "status": OK}
+        return _with_metrics(
+            [{**common, "age": chain.age(row["case_id"], edits), **row} for row in rows]
+        )
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _with_metrics(rows: list[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
@@ -93,18 +110,38 @@ class EvaluationTask:
         config = evaluation.config
         self.token_budget = token_budget(self.model, config.token_budget, config.workers)
         self.solver = cache(self._solver)
-        # Leases follow each other in a shard.
-        self._shard = lru_cache(maxsize=1)(
+        self._shard_of = {
+            case_id: number
+            for number, shard in enumerate(evaluation.grid.shards)
+            for case_id in shard
+        }
+        # Leases follow each other in a shard; the batches of a chain have records of several.
+        self._shard = lru_cache(maxsize=8)(
             lambda n: evaluation.records.read_table(f"shard-{n:05d}.parquet")
         )
         # The records of one group, leased one by one, are evaluated once.
         self._evaluate_once = lru_cache(maxsize=1)(self._evaluate)
         # Built now, so that what is missing ends the run at once instead of failing each record.
-        self.editors = {
-            name: self._editor(name)
-            for name in evaluation.config.editors
-            if not evaluation.config.takes_stored(name)
-        }
+        self.editors: dict[str, Editor] = {}
+        chained: dict[str, sequences.Chain] = {}
+        for name in config.editors:
+            if config.takes_stored(name):
+                continue
+            editor, grouping = self._editor(name), config.grouping(name)
+            if grouping.checkpoints:
+                chained[name] = sequences.Chain(self.model, editor, grouping)
+            else:
+                self.editors[name] = sequences.grouped(self.model, editor, grouping)
+        if chained:
+            assert evaluation.run is not None
+            self.chains = Chains(
+                evaluation.run,
+                self.model,
+                self.fingerprint,
+                chained,
+                self._records,
+                self.token_budget,
+            )
         self._stored = cache(self._stored_edits)
         if config.scoring.generation:
             words("")  # GE's data is missed now, and not after the first lease.
@@ -123,19 +160,30 @@ class EvaluationTask:
     def run(self, lease: Lease) -> pa.Table:
         evaluation = self.evaluation
         name = hive_values(lease.group)["editor"]
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        if chain := evaluation.chains.get(lease.group):
+            return evaluation.table(lease, self._of_chain(lease, chain), worker)
         size = evaluation.config.grouping(name).size
         done = self._evaluate(lease) if size == 1 else self._grouped(lease, size)
-        worker = f"{socket.gethostname()}:{os.getpid()}"
-        if evaluation.keep and evaluation.config.kind(name) != "none":
+        if (
+            evaluation.run
+            and evaluation.config.keep_edits
+            and evaluation.config.kind(name) != "none"
+        ):
             model = evaluation.config.model.name
             origin = EditOrigin(editor=name, model=model, model_fingerprint=self.fingerprint)
-            stored_edits.keep(evaluation.keep, lease, [edit for _, edit in done], origin)
-        return _table(
-            [
-                evaluation.row(**{"status": OK, "attempts": lease.attempt, "worker": worker, **row})
-                for row, _ in done
-            ]
-        )
+            stored_edits.keep(evaluation.run, lease, [edit for _, edit in done], origin)
+        return evaluation.table(lease, [row for row, _ in done], worker)
+
+    def _of_chain(self, lease: Lease, chain: Chain) -> list[dict[str, Any]]:
+        if lease.group.startswith(BATCHES):
+            return self.chains.edit(lease, chain)
+        some = self._records(self.evaluation.grid.ids(lease))
+        try:
+            with self.chains.at(chain, int(hive_values(lease.group)["edits"])):
+                return [row for row, _ in self._scored(lambda _: Unedited(), some)]
+        except RecordError as error:
+            return [self._failed(record, error)[0] for record in some]
 
     def _grouped(self, lease: Lease, size: int) -> list[_Done]:
         """The rows of a lease from those of the groups that it is of.
@@ -150,11 +198,8 @@ class EvaluationTask:
 
     def _evaluate(self, lease: Lease) -> list[_Done]:
         evaluation = self.evaluation
-        ids = evaluation.grid.ids(lease)
-        shard = self._shard(lease.shard)
-        chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
         name = hive_values(lease.group)["editor"]
-        found = records.from_table(chosen)
+        found = self._records(evaluation.grid.ids(lease))
         if evaluation.config.takes_stored(name):
             stored = self._stored(lease.group)
             return self._scored(lambda some: stored.of([one.case_id for one in some]), found)
@@ -168,6 +213,16 @@ class EvaluationTask:
             # The model that the records share cannot be had.
             return [self._failed(record, error) for record in found]
         return done
+
+    def _records(self, ids: Sequence[int]) -> list[Record]:
+        """The records of case ids, in their order."""
+        shards = {self._shard_of[case_id]: None for case_id in ids}
+        found: dict[int, Record] = {}
+        for number in shards:
+            shard = self._shard(number)
+            chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
+            found |= {record.case_id: record for record in records.from_table(chosen)}
+        return [found[case_id] for case_id in ids]
 
     def _scored(
         self, editor: Callable[[Sequence[Record]], Editor], some: Sequence[Record]
@@ -196,7 +251,8 @@ class EvaluationTask:
             self.token_budget,
             evaluation.reversed_prompts,
         )
-        return list(zip(rows, edits if evaluation.keep else [None] * len(rows), strict=True))
+        kept = edits if evaluation.config.keep_edits else [None] * len(rows)
+        return list(zip(rows, kept, strict=True))
 
     def _stored_edits(self, group: str) -> StoredEdits:
         assert self.evaluation.config.edits is not None
@@ -228,8 +284,12 @@ class EvaluationTask:
             self.token_budget,
             self._weights,
         )
-        editor = EDITORS[kind].build(resources, settings)
-        return grouped(self.model, editor, self.evaluation.config.grouping(name))
+        return EDITORS[kind].build(resources, settings)
+
+
+def held_out(config: ModelConfig) -> list[list[int]]:
+    """The texts on which the drift of chains is measured, as token ids: see `corpus.held_out`."""
+    return corpus.held_out(config.second_moment, load_model(config))
 
 
 def model_facts(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:

@@ -34,6 +34,11 @@ RESULT_SCHEMA = pa.schema(
         # None in zsRE, whose neighborhood prompts have a target of their own.
         pa.field("target_true", pa.string()),
         pa.field("neighborhood_target", pa.string()),
+        # In a chain: which order of its records, the edits in the model that is scored, and those
+        # of them that came after the record's own batch.
+        pa.field("order", pa.int32()),
+        pa.field("edits", pa.int32()),
+        pa.field("age", pa.int32()),
         # What stood between prompts and targets: a space, or nothing.
         pa.field("separator", pa.string()),
         # OK, or ERROR for a dead letter: then `error` says why and the numbers are null.

@@ -5,6 +5,9 @@ A low-rank change of a weight is two tensors, `WEIGHT/NUMBER/left` [D, R] and `W
 each edit its request, its health and the number of its change of each weight: a change that several
 edits share is there once.
 
+The state of a chain is a file of the same kind with one edit, the change of all, beside which
+`carried/NAME` are the tensors that its editor carries on.
+
 Legend: K input size, D output size, R rank.
 """
 
@@ -24,6 +27,7 @@ from torch import Tensor
 from rome import files
 from rome.data.records import Request
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta
+from rome.edits.sequences import ChainState
 from rome.models import EditableModel
 
 
@@ -53,22 +57,52 @@ def load(path: str | os.PathLike[str], model: EditableModel) -> tuple[Edit, Edit
 
 def dumps(edits: Sequence[Edit], origin: EditOrigin) -> bytes:
     """Edits of one model as the content of a file."""
+    return _dumps(edits, origin, {})
+
+
+_CARRIED = "carried/"
+_NO_REQUEST = Request("{}", "the model", "the chain's edits")
+
+
+def dumps_chain(state: ChainState, origin: EditOrigin) -> bytes:
+    """A chain after some of its batches as the content of a file."""
+    edit = Edit(_NO_REQUEST, state.total, {"edits": state.edits})
+    carried = {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
+    return _dumps([edit], origin, carried)
+
+
+def loads_chain(
+    data: bytes, model: EditableModel, fingerprint: str, where: str
+) -> tuple[ChainState, EditOrigin]:
+    """The chain that `dumps_chain` wrote, see `loads`."""
+    (edit,), origin = loads(data, model, fingerprint, where)
+    carried = {
+        name.removeprefix(_CARRIED): tensor
+        for name, tensor in safetensors.torch.load(data).items()
+        if name.startswith(_CARRIED)
+    }
+    return ChainState(int(edit.health["edits"]), edit.deltas, carried), origin
+
+
+def _dumps(edits: Sequence[Edit], origin: EditOrigin, more: Mapping[str, Tensor]) -> bytes:
     numbers: dict[tuple[str, int], int] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors = {name: _owned(tensor) for name, tensor in more.items()}
     described = []
     for edit in edits:
         chosen = {}
         for name, delta in edit.deltas.items():
             chosen[name] = numbers.setdefault((name, id(delta)), len(numbers))
             for part, tensor in _parts(delta).items():
-                # A copy, since safetensors takes no views of one memory.
-                tensors[f"{name}/{chosen[name]}/{part}"] = (
-                    tensor.detach().cpu().clone().contiguous()
-                )
+                tensors[f"{name}/{chosen[name]}/{part}"] = _owned(tensor)
         request, health = asdict(edit.request), dict(edit.health)
         described.append({"request": request, "health": health, "deltas": chosen})
     metadata = {"origin": json.dumps(asdict(origin)), "edits": json.dumps(described)}
     return safetensors.torch.save(tensors, metadata)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy, since safetensors takes no views of one memory."""
+    return tensor.detach().cpu().clone().contiguous()
 
 
 def loads(

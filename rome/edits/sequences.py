@@ -1,47 +1,131 @@
-"""Many edits of one model: made together, or one after another."""
+"""Many edits of one model: a chain of batches, each made on the model that has those before it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from rome.data.records import Request
-from rome.editors import Editor, JointEditor
+from rome.editors import ChainEditor, Editor, JointEditor, State
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, cheapest, dense, written
 from rome.models import EditableModel
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """The number of records that share an edited model: a group, in the order of their shard.
+    """The records that share an edited model: a group, in the order of their shard.
 
-    The last group of a shard may be smaller. A record that cannot be edited takes its group along,
-    because the model with the edits of all of them cannot be had: each of them becomes a dead
-    letter with that record's error.
+    They are edited in `sequence` batches of `edits_per_model`. Each batch is computed on the model
+    that has those before it. The last group of a shard may be smaller. A record that cannot be
+    edited takes its group along, because the model with the edits of all of them cannot be had:
+    each of them becomes a dead letter with that record's error.
+
+    With `checkpoints` a group is a chain: its weights are kept after each batch, workers go on with
+    them, and the facts edited so far are scored at each checkpoint.
     """
 
     edits_per_model: int = 1
-    """So many requests are edited together, by one edit; for editors that can, such as MEMIT."""
+    """Requests of a batch, made by one edit; above 1 for editors that can, such as MEMIT."""
     sequence: int = 1
-    """So many edits follow each other, each computed on the model that has those before it."""
+    """Batches that follow each other."""
     scored: Literal["after", "end"] = "end"
-    """Records of a sequence are scored right after their own edit, or at the end under all."""
+    """Records are scored right after their own batch, or at the end under all."""
+    checkpoints: tuple[int, ...] = ()
+    """Edits after which all facts edited so far are scored; the last is the end."""
+    orders: int = 1
+    """Chains of the same records, each in an order of its own: the first as the records lie, the
+    others shuffled with the seeds 1, 2, ..."""
 
     def __post_init__(self) -> None:
-        sizes = (self.edits_per_model, self.sequence)
-        if min(sizes) != 1:
+        sizes = (self.edits_per_model, self.sequence, self.orders)
+        if min(sizes) < 1:
             raise ValueError(
-                "edits_per_model and sequence must be at least 1, and one of them 1, got "
-                f"{sizes[0]} and {sizes[1]}"
+                "edits_per_model, sequence and orders must be at least 1, got "
+                f"{', '.join(map(str, sizes))}"
             )
+        marks = self.checkpoints
+        wrong = [
+            edits for edits in marks if not 0 < edits <= self.size or edits % self.edits_per_model
+        ]
+        if wrong or sorted({*marks}) != [*marks] or (marks and marks[-1] != self.size):
+            raise ValueError(
+                f"checkpoints must be rising multiples of edits_per_model ({sizes[0]}), the last "
+                f"of them edits_per_model x sequence ({self.size}), got {[*marks]}"
+            )
+        if marks and self.scored == "after":
+            raise ValueError("scored must be 'end' with checkpoints, which say when to score")
+        if not marks and self.orders > 1:
+            raise ValueError(f"orders must be 1 without checkpoints, got {self.orders}")
 
     @property
     def size(self) -> int:
         """Records of a group; 1 where each has a model of its own."""
-        return max(self.edits_per_model, self.sequence)
+        return self.edits_per_model * self.sequence
+
+
+@dataclass(frozen=True)
+class ChainState:
+    """A chain after `edits` edits: the change of all of them, and what its editor carries on."""
+
+    edits: int = 0
+    total: Mapping[str, Delta] = field(default_factory=dict)
+    carried: State = field(default_factory=dict)
+
+
+class Chain:
+    """The edits of a group, batch by batch.
+
+    It keeps the change of all edits so far, which takes no more memory than the edited weights, and
+    the editor's state. Raises ValueError where the editor is to edit requests together and cannot.
+    """
+
+    def __init__(self, model: EditableModel, editor: Editor, grouping: Grouping) -> None:
+        if grouping.edits_per_model > 1 and not isinstance(editor, JointEditor | ChainEditor):
+            raise ValueError(
+                f"edits_per_model must be 1 for {type(editor).__name__}, which has no "
+                "edit_together; `sequence` makes edits one after another with any editor"
+            )
+        self._model, self._editor, self.grouping = model, editor, grouping
+
+    def begin(self) -> ChainState:
+        """The chain before its first batch."""
+        if isinstance(self._editor, ChainEditor):
+            return ChainState(carried=self._editor.begin())
+        return ChainState()
+
+    def go_on(
+        self, state: ChainState, requests: Sequence[Request]
+    ) -> tuple[list[Mapping[str, float]], ChainState]:
+        """Edit the requests of whole batches: the health of each one's edit, and the chain after.
+
+        Raises RecordError where a request cannot be edited.
+        """
+        health: list[Mapping[str, float]] = []
+        for start in range(0, len(requests), self.grouping.edits_per_model):
+            batch = requests[start : start + self.grouping.edits_per_model]
+            edit, carried = self._edit(state, batch)
+            total = _added(state.total, edit.deltas)
+            state = ChainState(state.edits + len(batch), total, carried)
+            health += [edit.health] * len(batch)
+        return health, state
+
+    def scored(self, state: ChainState) -> Mapping[str, Delta]:
+        """The change of the model on which facts are scored."""
+        return state.total
+
+    def _edit(self, state: ChainState, batch: Sequence[Request]) -> tuple[Edit, State]:
+        # One write of all edits before, so that a weight is rounded to its dtype only once.
+        with written(self._model, Edit(batch[0], state.total)):
+            if isinstance(self._editor, ChainEditor):
+                return self._editor.edit_batch(batch, state.carried)
+            if self.grouping.edits_per_model == 1:
+                (edit,) = self._editor.edit(batch)
+                return edit, {}
+            assert isinstance(self._editor, JointEditor)
+            return self._editor.edit_together(batch), {}
 
 
 _SCORED_TOGETHER = 8
@@ -52,9 +136,9 @@ changes of all edits so far are held at a time."""
 def turns(editor: Editor, requests: int) -> Iterator[tuple[Editor, range]]:
     """The editor of one group, and which of its requests it takes at a time."""
     at_a_time = requests
-    if isinstance(editor, _InSequence):
+    if isinstance(editor, _Grouped):
         editor = editor.begun()
-        at_a_time = _SCORED_TOGETHER if editor.scored == "after" else requests
+        at_a_time = editor.at_a_time or requests
     for start in range(0, requests, at_a_time):
         yield editor, range(start, min(start + at_a_time, requests))
 
@@ -63,56 +147,39 @@ def grouped(model: EditableModel, editor: Editor, grouping: Grouping) -> Editor:
     """An editor whose `edit` takes the requests of one group.
 
     For each it gives the changes of the model that the record is scored on, and its own health.
-    Raises ValueError where the editor is to edit requests together and cannot.
+    Raises ValueError as Chain does.
     """
-    if grouping.sequence > 1:
-        return _InSequence(model, editor, grouping.scored)
-    if grouping.edits_per_model == 1:
-        return editor
-    if not isinstance(editor, JointEditor):
-        raise ValueError(
-            f"edits_per_model must be 1 for {type(editor).__name__}, which has no edit_together; "
-            "`sequence` makes edits one after another with any editor"
-        )
-    return _Together(editor)
+    return editor if grouping.size == 1 else _Grouped(Chain(model, editor, grouping))
 
 
-class _Together:
-    def __init__(self, editor: JointEditor) -> None:
-        self._editor = editor
+class _Grouped:
+    """One group: each call of `edit` goes on where the last one ended."""
 
-    def edit(self, requests: Sequence[Request]) -> list[Edit]:
-        edit = self._editor.edit_together(requests)
-        return [replace(edit, request=request) for request in requests]
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._state = chain.begin()
+        self._batch = chain.grouping.edits_per_model
 
-
-class _InSequence:
-    """One sequence: each call of `edit` goes on where the last one ended.
-
-    It keeps the change of all edits so far, which takes no more memory than the edited weights.
-    """
-
-    def __init__(
-        self, model: EditableModel, editor: Editor, scored: Literal["after", "end"]
-    ) -> None:
-        self._model, self._editor, self.scored = model, editor, scored
-        self._total: Mapping[str, Delta] = {}
-
-    def begun(self) -> _InSequence:
+    def begun(self) -> _Grouped:
         """The same from its first edit."""
-        return _InSequence(self._model, self._editor, self.scored)
+        return _Grouped(self._chain)
+
+    @property
+    def at_a_time(self) -> int | None:
+        """Requests of whole batches that are scored together; None for all."""
+        after = self._chain.grouping.scored == "after"
+        return max(_SCORED_TOGETHER // self._batch, 1) * self._batch if after else None
 
     def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        step = self._batch if self._chain.grouping.scored == "after" else len(requests)
         edits: list[Edit] = []
-        for request in requests:
-            # One write of all edits before, so that a weight is rounded to its dtype only once.
-            with written(self._model, Edit(request, self._total)):
-                (edit,) = self._editor.edit([request])
-            self._total = _added(self._total, edit.deltas)
-            edits.append(replace(edit, deltas=self._total if self.scored == "after" else {}))
-        if self.scored == "after":
-            return edits
-        return [replace(edit, deltas=self._total) for edit in edits]
+        for start in range(0, len(requests), step):
+            some = requests[start : start + step]
+            health, self._state = self._chain.go_on(self._state, some)
+            edits += [
+                Edit(request, self._state.total, h) for request, h in zip(some, health, strict=True)
+            ]
+        return edits
 
 
 def _added(total: Mapping[str, Delta], more: Mapping[str, Delta]) -> dict[str, Delta]:

@@ -1,0 +1,351 @@
+"""Chains: batches of edits that follow each other, over leases, workers and lost drivers."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from cluster.here import drive_here
+from cluster.progress import Progress
+from cluster.queue import Grid, LeaseTable
+from cluster.store import Store
+from jobs.evaluate import evaluate
+from jobs.inputs.record_stores import grid_of, prepare
+from jobs.runs import config as configs
+from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
+from jobs.runs.config import RunConfig
+from jobs.runs.parts import collect
+from jobs.tasks.chains import HELD_OUT
+from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
+from rome.data.records import Record, Request, from_table
+from rome.editors import Editor, Unedited
+from rome.edits.deltas import DenseDelta, Edit, dense
+from rome.edits.files import EditOrigin, dumps_chain, loads_chain
+from rome.edits.sequences import ChainState, Grouping
+from rome.models import EditableModel
+from rome.options import ConfigError
+from rome.scoring import drift
+from tests.support import tiny
+from tests.support.computations import scores
+from tests.support.oracle import edited
+from tests.support.tiny import TEMPLATES
+
+LAYER = 1
+RECORDS = 6
+CHAIN = {"editor": "rome", "layer": LAYER, "second_moment": False, "value": {"steps": 3}}
+
+
+def run_config(folder: Path, *overrides: str, **row: Any) -> RunConfig:
+    """A chain of ROME, one edit after another, on six everyday facts in shards of four."""
+    model = tiny.model("gpt2")
+    if not (folder / "model").exists():
+        model.hf.save_pretrained(folder / "model")
+        model.tokenizer.save_pretrained(folder / "model")
+        prepare("everyday", str(folder / "records"), limit=RECORDS, shard_rows=4)
+    path = folder / "run.yaml"
+    chain = CHAIN | ({"sequence": 6, "checkpoints": [2, 6]} | row)
+    config = {
+        "name": "chains",
+        "model": {"name": "tiny", "source": str(folder / "model"), "dtype": "float64"},
+        "benchmark": str(folder / "records"),
+        "editors": {"none": {}, "chain": chain},
+        "scoring": {"generation": None, "strict": False},
+        "templates": {"texts": TEMPLATES},
+        "lease_records": 2,
+        "workers": {"workers": 0},
+    }
+    path.write_text(yaml.safe_dump(config))
+    return configs.load(path, overrides)
+
+
+def rows_of(folder: Path) -> pl.DataFrame:
+    found = collect(Store(folder), lambda rows: rows.collect())
+    return found.sort("editor", "order", "edits", "case_id")
+
+
+def records_of(folder: Path) -> list[Record]:
+    store = Store(folder / "records")
+    names = store.list("shard-", ".parquet")
+    return [record for name in names for record in from_table(store.read_table(name))]
+
+
+def by_hand(
+    model: EditableModel, editor: Editor, records: Sequence[Record], edits: int
+) -> list[dict[str, Any]]:
+    """The first so many records edited, each written before the next one; then all are scored."""
+    with ExitStack() as stack:
+        for record in records[:edits]:
+            (edit,) = editor.edit([record.request])
+            (delta,) = edit.deltas.values()
+            stack.enter_context(edited(model, LAYER, dense(delta)))
+        return scores(model, Unedited(), records[:edits])
+
+
+def test_a_chain_equals_weights_written_by_hand(tmp_path: Path) -> None:
+    config = run_config(tmp_path, orders=2)
+    assert evaluate(config, str(tmp_path / "run")) == 0
+    rows = rows_of(tmp_path / "run")
+    none, chain = rows.filter(editor="none"), rows.filter(editor="chain")
+    assert none["edits"].to_list() == [None] * 6
+    assert chain["order"].to_list() == [0] * 8 + [1] * 8
+    assert chain["edits"].to_list() == [2] * 2 + [6] * 6 + [2] * 2 + [6] * 6
+    records = records_of(tmp_path)
+    task = task_of(config, tmp_path)
+    editor = task.editors_alone["chain"]
+    ids = [record.case_id for record in records]
+    (_, second) = chains_of(config, "chain", "x", ids)
+    assert sorted(second.case_ids) == ids != list(second.case_ids)
+    for order, case_ids in enumerate((ids, second.case_ids)):
+        ordered = [records[ids.index(case_id)] for case_id in case_ids]
+        for edits in (2, 6):
+            expected = by_hand(task.model, editor, ordered, edits)
+            found = {
+                row["case_id"]: row
+                for row in chain.filter(order=order, edits=edits).iter_rows(named=True)
+            }
+            assert found.keys() == set(case_ids[:edits])
+            for place, row in enumerate(expected):
+                one = found[row["case_id"]]
+                assert one["age"] == edits - place - 1
+                for name in ("rewrite_nll_new", "paraphrase_nll_true", "neighborhood_nll_true"):
+                    assert one[name] == pytest.approx(row[name], rel=1e-9), name
+
+
+class TaskOf(EvaluationTask):
+    """A task whose editors can be asked for edits outside their chains."""
+
+    @property
+    def editors_alone(self) -> dict[str, Editor]:
+        return {name: self._editor(name) for name in self.evaluation.config.editors}
+
+
+def evaluation_of(config: RunConfig, folder: Path) -> tuple[Evaluation, list[str]]:
+    store = Store(folder / "records")
+    grid = grid_of(store, config.records, 2)
+    ids = [case_id for shard in grid.shards for case_id in shard]
+    chains = chains_of(config, "chain", group_of(config, "everyday", "chain"), ids)
+    groups = [*groups_of(chains), group_of(config, "everyday", "none")]
+    evaluation = Evaluation(
+        config,
+        store,
+        with_chains(grid, chains),
+        tuple(TEMPLATES),
+        run=Store(folder / "run"),
+        chains={group: chain for chain in chains for group in groups_of([chain])},
+    )
+    return evaluation, groups
+
+
+def task_of(config: RunConfig, folder: Path) -> TaskOf:
+    return TaskOf(evaluation_of(config, folder)[0])
+
+
+def test_a_lease_ends_at_each_checkpoint_and_a_checkpoint_waits_for_its_batch() -> None:
+    def leases(**settings: Any) -> list[tuple[int, int]]:
+        grouping = Grouping(**settings)
+        chain = Chain("memit", 0, tuple(range(grouping.size)), grouping, "editor=memit")
+        grid = with_chains(Grid((chain.case_ids,), 8), [chain])
+        for edits in grouping.checkpoints:
+            after = grid.own[chain.scores(edits)].after
+            assert after == (chain.batches, edits // grouping.edits_per_model - 1)
+            assert len(grid.own[chain.scores(edits)]) == edits
+        return [(lease.start, lease.stop) for lease in grid.leases(chain.batches)]
+
+    marks = (100, 500, 1000, 2000)
+    twenty = leases(edits_per_model=100, sequence=20, checkpoints=marks)
+    assert twenty == [(i, i + 1) for i in range(20)]
+    one_by_one = leases(sequence=2000, checkpoints=marks)
+    assert one_by_one == [(i, i + 100) for i in range(0, 2000, 100)]
+    assert leases(edits_per_model=10, sequence=9, checkpoints=(30, 90)) == [(0, 3), (3, 6), (6, 9)]
+    assert leases(edits_per_model=500, sequence=2, checkpoints=(1000,)) == [(0, 1), (1, 2)]
+
+
+def test_a_chain_goes_on_after_any_lease_and_from_any_state_that_is_left(tmp_path: Path) -> None:
+    """Every lease by another task, and every second state lost: the rows are those of one piece."""
+    config = run_config(tmp_path, checkpoints=[2, 4, 6])
+    assert evaluate(config, str(tmp_path / "run")) == 0
+    whole = rows_of(tmp_path / "run").drop(pl.selectors.starts_with("seconds"), "worker")
+    evaluation, groups = evaluation_of(config, tmp_path)
+    run = Store(tmp_path / "pieces")
+    held_out = (tmp_path / "run" / HELD_OUT).read_bytes()
+    run.write_bytes(HELD_OUT, held_out)
+    evaluation = replace(evaluation, run=run)
+    results = run.sub("results")
+    done = 0
+    while not (table := LeaseTable(results, groups, evaluation.grid)).finished:
+        lease = table.lease("a worker that is new each time")
+        assert lease is not None
+        results.write_table(lease.part, EvaluationTask(evaluation).run(lease))
+        states = run.list("chains/", ".safetensors")
+        done += 1
+        if states and done % 2:
+            run.delete(states[-1])
+        elif states:
+            run.write_bytes(states[-1], run.read_bytes(states[-1])[:-8])
+    pieces = rows_of(tmp_path / "pieces").drop(pl.selectors.starts_with("seconds"), "worker")
+    assert pieces.equals(whole)
+
+
+def test_states_between_checkpoints_are_removed_and_batches_say_what_they_did(
+    tmp_path: Path,
+) -> None:
+    config = run_config(tmp_path, checkpoints=[6])
+    grouping = config.grouping("chain")
+    assert grouping.size == 6
+    evaluation, _ = evaluation_of(config, tmp_path)
+    (chain,) = {id(chain): chain for chain in evaluation.chains.values()}.values()
+    single = Grid((tuple(range(6)),), 1, in_order=True)
+    evaluation = replace(
+        evaluation,
+        grid=replace(evaluation.grid, own={**evaluation.grid.own, chain.batches: single}),
+    )
+    task = EvaluationTask(evaluation)
+    run = Store(tmp_path / "run")
+    run.write_bytes(HELD_OUT, _texts(task.model))
+    for lease in evaluation.grid.leases(chain.batches):
+        table = task.run(lease)
+        run.sub("results").write_table(lease.part, table)
+        assert len(run.list("chains/", ".safetensors")) <= 2
+    (last,) = table.to_pylist()
+    assert (last["edits"], last["case_id"], last["records"]) == (6, 5, [chain.case_ids[5]])
+    assert last["weights"] == [task.model.weight_name(LAYER)]
+    (norm,), (change,) = last["weight_norms"], last["change_norms"]
+    with task.chains.at(chain, 6):
+        weight = task.model.hf.get_parameter(task.model.weight_name(LAYER))
+        assert norm == pytest.approx(float(weight.norm()))
+    assert change > 0
+    assert 0 < last["agreement"] <= 1
+    assert last["perplexity"] != pytest.approx(last["perplexity_unedited"], rel=1e-9)
+    task.verify()
+
+
+def _texts(model: EditableModel) -> bytes:
+    ids = [row.ids for row in model.encode(["The mother tongue of Bob", "Rome is a city in Italy"])]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"ids": ids}), buffer)
+    return buffer.getvalue()
+
+
+class Fails:
+    """An editor that cannot edit one subject."""
+
+    def __init__(self, editor: Editor, subject: str) -> None:
+        self.editor, self.subject = editor, subject
+
+    def edit(self, requests: Sequence[Request]) -> list[Edit]:
+        edits = self.editor.edit(requests)
+        nan = torch.tensor(float("nan"))
+        return [
+            replace(
+                edit,
+                deltas={
+                    name: DenseDelta(dense(delta) * nan) for name, delta in edit.deltas.items()
+                },
+            )
+            if edit.request.subject == self.subject
+            else edit
+            for edit in edits
+        ]
+
+
+def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    evaluation, groups = evaluation_of(config, tmp_path)
+    subject = records_of(tmp_path)[3].subject
+
+    class Work:
+        def task(self) -> EvaluationTask:
+            task = EvaluationTask(evaluation)
+            chain = task.chains._editors["chain"]
+            chain._editor = Fails(chain._editor, subject)
+            return task
+
+        dead_row = staticmethod(evaluation.dead_row)
+
+    run = Store(tmp_path / "run")
+    run.write_bytes(HELD_OUT, _texts(tiny.model("gpt2")))
+    results = run.sub("results")
+
+    def drive(retry: bool = False, work: Any = None) -> LeaseTable:
+        table = LeaseTable(results, groups, evaluation.grid, retry_dead=retry)
+        with Progress(table.total, len(table.done)) as progress:
+            drive_here(
+                table,
+                evaluation.grid,
+                results,
+                work or Work(),
+                None,
+                threading.Event(),
+                progress,
+            )
+        return LeaseTable(results, groups, evaluation.grid)
+
+    table = drive()
+    chain = rows_of(tmp_path / "run").filter(editor="chain")
+    assert chain.filter(edits=2)["status"].to_list() == ["ok", "ok"]
+    late = chain.filter(edits=6)
+    assert late["status"].to_list() == ["error"] * 6
+    assert late["error"].str.contains("its chain ended in batch 3: .*not finite").all()
+    assert late["attempts"].to_list() == [1] * 6
+    assert len(table.dead) == 3 + 6
+    # Tried again with what the editor lacked, the chain goes on where it ended.
+    table = drive(retry=True, work=evaluation)
+    assert not table.dead
+    assert rows_of(tmp_path / "run").filter(editor="chain")["status"].to_list() == ["ok"] * 8
+
+
+def test_what_cannot_be_a_chain_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"takes 6 records .* the run has 5: .* multiple of 6"):
+        evaluate(run_config(tmp_path, "records.limit=5"), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "results").exists()
+    with pytest.raises(ConfigError, match="leave `edits` out"):
+        run_config(tmp_path, "edits=somewhere")
+
+
+def test_the_drift_of_a_model_that_is_edited(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    texts = [row.ids for row in model.encode(["The mother tongue of Bob is", "Rome", "Italy is a"])]
+    texts = [ids for ids in texts if len(ids) > 1]
+    before = drift.read(model, texts, 300)
+    again = drift.drift(before, drift.read(model, texts, 1))
+    assert again["agreement"] == 1
+    assert again["perplexity"] == pytest.approx(again["perplexity_unedited"], rel=1e-12)
+    # By hand, text by text.
+    total, count, said = 0.0, 0, []
+    for ids in texts:
+        with torch.no_grad():
+            log_p_TV = model.hf(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(float(log_p_TV[t, ids[t + 1]]) for t in range(len(ids) - 1))
+        count += len(ids) - 1
+        said += log_p_TV[:-1].argmax(-1).tolist()
+    assert before.nll == pytest.approx(total / count, rel=1e-12)
+    assert list(before.likeliest) == said
+    with pytest.raises(ValueError, match=r"at least two tokens, got \[7\]"):
+        drift.read(model, [[7]], 300)
+
+
+def test_a_state_is_a_file(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    name = model.weight_name(LAYER)
+    change_DK = torch.randn(model.sizes(name), dtype=torch.float64)
+    state = ChainState(7, {name: DenseDelta(change_DK)}, {"layer.1.keys": torch.arange(3.0)})
+    fingerprint = model.fingerprint()
+    origin = EditOrigin(editor="memit", model="tiny", model_fingerprint=fingerprint)
+    found, who = loads_chain(dumps_chain(state, origin), model, fingerprint, "here")
+    assert (found.edits, who) == (7, origin)
+    assert torch.equal(dense(found.total[name]), change_DK)
+    assert found.carried["layer.1.keys"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="has the weights another"):
+        loads_chain(dumps_chain(state, origin), model, "another", "here")
