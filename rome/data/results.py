@@ -70,6 +70,9 @@ RESULT_SCHEMA = pa.schema(
         pa.field("edit_init_norm", pa.float64()),
         pa.field("edit_delta_norm", pa.float64()),
         pa.field("edit_clamp_hits", pa.int32()),
+        pa.field("edit_value_norm", pa.float64()),
+        pa.field("edit_skipped", pa.int32()),
+        pa.field("edit_rank", pa.int32()),
         pa.field("edit_neurons", pa.int32()),
         # Seconds: this record's share of its batch.
         pa.field("seconds_edit", pa.float64()),

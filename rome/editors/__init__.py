@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from rome.data.records import Request
+from rome.editors.alphaedit import AlphaEdit, AlphaEditSettings
 from rome.editors.fine_tuning import (
     AttentionSettings,
     ConstrainedSettings,
@@ -21,8 +22,10 @@ from rome.editors.fine_tuning import (
 )
 from rome.editors.hypernetwork import HypernetworkEditor, HypernetworkSettings, load
 from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
-from rome.editors.memit import Memit, MemitSettings
+from rome.editors.lora import Lora, LoraSettings
+from rome.editors.memit import Memit, MemitSettings, MemitWithHistory
 from rome.editors.rome import Rome, RomeSettings
+from rome.editors.ultraedit import UltraEdit, UltraEditSettings
 from rome.edits.deltas import Edit
 from rome.models import EditableModel
 from rome.settings import configurable
@@ -129,10 +132,26 @@ def _kn(resources: Resources, settings: KnowledgeNeuronsSettings) -> KnowledgeNe
 
 def _memit(resources: Resources, settings: MemitSettings) -> Memit:
     solvers = {layer: resources.solver(layer) for layer in settings.layers}
-    return Memit(resources.model, settings, resources.templates, solvers, resources.token_budget)
+    kind = MemitWithHistory if settings.history else Memit
+    return kind(resources.model, settings, resources.templates, solvers, resources.token_budget)
+
+
+def _alphaedit(resources: Resources, settings: AlphaEditSettings) -> AlphaEdit:
+    solvers = {layer: resources.solver(layer) for layer in settings.layers}
+    budget = resources.token_budget
+    return AlphaEdit(resources.model, settings, resources.templates, solvers, budget)
+
+
+def _lora(resources: Resources, settings: LoraSettings) -> Lora:
+    return Lora(resources.model, settings, resources.token_budget)
+
+
+def _ultraedit(resources: Resources, settings: UltraEditSettings) -> UltraEdit:
+    return UltraEdit(resources.model, settings, resources.token_budget)
 
 
 EDITORS: dict[str, Kind] = {
+    "alphaedit": Kind(AlphaEditSettings, _alphaedit, lambda s: list(s.layers)),
     "none": Kind(NoSettings, lambda resources, settings: Unedited()),
     "ft": Kind(FineTuningSettings, _fine_tuning),
     "ft+l": Kind(ConstrainedSettings, _fine_tuning),
@@ -140,6 +159,8 @@ EDITORS: dict[str, Kind] = {
     "ke": _hypernetwork("ke"),
     "mend": _hypernetwork("mend"),
     "kn": Kind(KnowledgeNeuronsSettings, _kn),
+    "lora": Kind(LoraSettings, _lora),
     "memit": Kind(MemitSettings, _memit, lambda s: list(s.layers)),
     "rome": Kind(RomeSettings, _rome, lambda s: [s.layer] if s.second_moment else []),
+    "ultraedit": Kind(UltraEditSettings, _ultraedit),
 }

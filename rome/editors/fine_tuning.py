@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from rome.data.records import Request
 from rome.editors.gradients import entering
-from rome.edits.deltas import DenseDelta, Edit, total_norm
+from rome.edits import regularised
+from rome.edits.deltas import Delta, DenseDelta, Edit, total_norm
 from rome.models import EditableModel, costs, memory, prompts
 from rome.models.hooks import hooked
 from rome.models.prompts import Batch, Text
@@ -58,6 +59,8 @@ class FineTuningSettings:
     `sequence`: each token after those before it, as targets are scored."""
     stop_loss: float = 1e-2
     """An edit with a loss below it is done. The paper's text: 0.03."""
+    rect: bool = False
+    """RECT: keep the 40 % of an edit's change that are largest beside their weight."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,11 @@ class FineTuning:
         losses = self._optimise(self._observe(rows), original, copies)
         edits = []
         for request, copy, loss in zip(requests, copies, losses, strict=True):
-            deltas = {name: self._delta(copy[name] - w) for name, w in original.items()}
+            deltas: dict[str, Delta] = {
+                name: self._delta(copy[name] - w) for name, w in original.items()
+            }
+            if self.settings.rect:
+                deltas = regularised.rect_all(self.model, deltas)
             health = {"steps": len(loss), "loss": loss[-1], "norm": total_norm(deltas)}
             edits.append(Edit(request, deltas, health))
         return edits

@@ -15,15 +15,16 @@ from torch import Tensor
 from rome.data.records import Request
 from rome.editors import contexts, values
 from rome.editors.contexts import Contexts, Position
-from rome.editors.values import ValueSettings
-from rome.edits.deltas import Edit, LowRankDelta
+from rome.editors.values import ValueSettings, WritingSettings
+from rome.edits import regularised
+from rome.edits.deltas import Delta, Edit, LowRankDelta, total_norm
 from rome.models import EditableModel, memory
 from rome.settings import configurable
 from rome.solver import Solver
 
 
 @configurable(layer=0)
-class RomeSettings:
+class RomeSettings(WritingSettings):
     """Hyperparameters of ROME; the defaults are the published ones for GPT-2 XL."""
 
     layer: int = 17
@@ -89,31 +90,27 @@ class Rome:
         if settings.keys == "mean":
             current_EK, current_ED = mean_EK, outputs_ECD.mean(1)
 
-        found = values.optimise(model, settings.layer, observed, settings.value)
+        found = values.optimise(model, settings.layer, observed, settings.value, settings.norm)
         # v* = W' k*: Equation 2 with Lambda = (v* - W k*) / (C^-1 k*)^T k*.
         initial_ED = torch.stack([value.initial_D for value in found])
         delta_ED = torch.stack([value.delta_D for value in found])
         divisor_E = (current_EK * u_EK).sum(1)
         lambda_ED = (initial_ED + delta_ED - current_ED) / divisor_E[:, None]
 
-        norms = torch.stack(
-            [x.norm(dim=1) for x in (lambda_ED, u_EK, mean_EK, initial_ED, delta_ED)] + [divisor_E]
-        )
+        norms = torch.stack([x.norm(dim=1) for x in (lambda_ED, u_EK, mean_EK)] + [divisor_E])
         name = model.weight_name(settings.layer)
         edits = []
-        for e, (change, u, key, initial, delta, divisor) in enumerate(norms.T.tolist()):
-            health = {
-                "steps": len(found[e].losses),
-                "loss": found[e].losses[-1],
-                "divisor": divisor,
-                "norm": change * u,
-                "key_norm": key,
-                "init_norm": initial,
-                "delta_norm": delta,
-                "clamp_hits": found[e].clamp_hits,
+        for e, (change, u, key, divisor) in enumerate(norms.T.tolist()):
+            health = {**found[e].health, "divisor": divisor, "norm": change * u, "key_norm": key}
+            deltas: dict[str, Delta] = {
+                name: LowRankDelta(lambda_ED[e, :, None].clone(), u_EK[e, :, None].clone())
             }
-            rank_one = LowRankDelta(lambda_ED[e, :, None].clone(), u_EK[e, :, None].clone())
-            edits.append(Edit(requests[e], {name: rank_one}, health))
+            if found[e].skipped:
+                deltas, health["norm"] = {}, 0.0
+            elif settings.rect:
+                deltas = regularised.rect_all(model, deltas)
+                health["norm"] = total_norm(deltas)
+            edits.append(Edit(requests[e], deltas, health))
         return edits
 
     def _direction(self, keys_EK: Tensor) -> Tensor:

@@ -42,6 +42,33 @@ class ValueSettings:
     stop_below: float = 0.05
 
 
+@configurable(kw_only=True, nas_norm=(1e-12, 1e12))
+class WritingSettings:
+    """Settings of every editor that writes values into MLPs."""
+
+    nas: bool = False
+    """NAS, a norm for v*, the MLP's output that says the target: v* := a v* / |v*|, and a value
+    with |v*| > 2 a is not edited at all (`edit_skipped` of its row)."""
+    nas_norm: float | None = None
+    """NAS's a: the mean |v*| of edits of the clean model at this layer, which is `edit_value_norm`
+    of a run with one record a model. Never guessed: `nas` needs it."""
+    rect: bool = False
+    """RECT: keep the 40 % of an edit's change that are largest beside their weight."""
+
+    def __post_init__(self) -> None:
+        if self.nas and self.nas_norm is None:
+            raise ValueError(
+                "nas needs nas_norm, the mean of edit_value_norm over single edits of the clean "
+                "model without those above its 95 % quantile, got null; measure it on about a "
+                "thousand records and put it beside the editor's settings of the model"
+            )
+
+    @property
+    def norm(self) -> float | None:
+        """The norm that values get; None where they stay as they are."""
+        return self.nas_norm if self.nas else None
+
+
 @dataclass(frozen=True)
 class Value:
     """The outcome for one edit: v* = initial + delta, and how it was reached."""
@@ -50,6 +77,23 @@ class Value:
     initial_D: Tensor
     losses: list[float]
     clamp_hits: int
+    norm: float
+    """Of the MLP's output v* as it was found, before NAS."""
+    skipped: bool
+    """NAS leaves it unedited; its delta is 0."""
+
+    @property
+    def health(self) -> dict[str, float]:
+        """Numbers of the edit that are those of its value."""
+        return {
+            "steps": len(self.losses),
+            "loss": self.losses[-1],
+            "init_norm": float(self.initial_D.norm()),
+            "delta_norm": float(self.delta_D.norm()),
+            "clamp_hits": self.clamp_hits,
+            "value_norm": self.norm,
+            "skipped": int(self.skipped),
+        }
 
 
 class _LabelNLL(torch.autograd.Function):
@@ -152,7 +196,12 @@ class _Adam:
 
 
 def optimise(
-    model: EditableModel, layer: int, observed: SubjectStates, settings: ValueSettings
+    model: EditableModel,
+    layer: int,
+    observed: SubjectStates,
+    settings: ValueSettings,
+    norm: float | None = None,
+    start_ED: Tensor | None = None,
 ) -> list[Value]:
     """Minimise Equation 4 for each edit, exactly as it would be alone.
 
@@ -160,8 +209,13 @@ def optimise(
     evaluation (without stepping); after a step, rescale a delta longer than `clamp` * |v0|. The
     weight decay is `weight_decay * |delta| / |v0|^2`. Edits that are done leave the batch when
     they are enough of it, and stay as they are until then.
+
+    `norm`: NAS's a, see WritingSettings. `start_ED`: v0, if it is another vector than the MLP's
+    output, to which the delta is added all the same.
     """
-    start_ED = observed.output_ERD[:, 0].to(torch.promote_types(model.dtype, torch.float32))
+    wide = torch.promote_types(model.dtype, torch.float32)
+    output_ED = observed.output_ERD[:, 0].to(wide)
+    start_ED = output_ED if start_ED is None else start_ED.to(wide)
     E, device = len(start_ED), model.device
     problem, length_E = _Problem(model, layer, observed), start_ED.norm(dim=1)
     members, member_E = list(range(E)), torch.arange(E, device=device)
@@ -204,4 +258,11 @@ def optimise(
         delta_ED = torch.where(active_E1, stepped_ED / excess_E1.clamp(min=1), delta_ED)
         hits_E[member_E] += ((excess_E1 > 1) & active_E1).squeeze(1)
     final_ED[member_E] = delta_ED.detach()
-    return [Value(*row) for row in zip(final_ED, start_ED, losses, hits_E.tolist(), strict=True)]
+    norm_E = (output_ED + final_ED).norm(dim=1)
+    skipped_E = torch.zeros_like(norm_E, dtype=torch.bool)
+    if norm is not None:
+        skipped_E = norm_E > 2 * norm
+        scaled_ED = (output_ED + final_ED) * (norm / norm_E)[:, None] - output_ED
+        final_ED = torch.where(skipped_E[:, None], 0, scaled_ED)
+    numbers = hits_E.tolist(), norm_E.tolist(), skipped_E.tolist()
+    return [Value(*row) for row in zip(final_ED, start_ED, losses, *numbers, strict=True)]

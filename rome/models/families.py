@@ -22,6 +22,8 @@ class Family:
     attention: tuple[str, ...]
     """The projections that make queries, keys and values; one where a family has them fused."""
     attention_output: str
+    gate_projection: str | None = None
+    """The projection that makes a gated MLP's gate, where it is a module of its own."""
     gated: bool = False
     """The MLP's input is multiplied by a gate of it before the down-projection."""
     transposed: bool = False
@@ -35,6 +37,7 @@ _LLAMA = Family(
     down_projection="mlp.down_proj",
     attention=tuple(f"self_attn.{name}" for name in _QKV),
     attention_output="self_attn.o_proj",
+    gate_projection="mlp.gate_proj",
     gated=True,
 )
 
@@ -70,7 +73,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
     "olmo2": _LLAMA,
-    "phi3": replace(_LLAMA, up_projection="mlp.gate_up_proj", attention=("self_attn.qkv_proj",)),
+    "phi3": replace(
+        _LLAMA,
+        up_projection="mlp.gate_up_proj",
+        gate_projection=None,
+        attention=("self_attn.qkv_proj",),
+    ),
 }
 
 

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from rome import second_moment, tracing
 from rome.data.records import Record, Request
 from rome.editors import EDITORS as REGISTRY
-from rome.editors import Editor, Resources, Unedited, gradients, hypernetwork
+from rome.editors import ChainEditor, Editor, Resources, Unedited, gradients, hypernetwork
+from rome.editors.alphaedit import AlphaEdit, AlphaEditSettings
 from rome.editors.fine_tuning import (
     AttentionSettings,
     ConstrainedSettings,
@@ -28,12 +29,14 @@ from rome.editors.fine_tuning import (
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
 from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSettings
-from rome.editors.memit import Memit, MemitSettings
+from rome.editors.lora import Lora, LoraSettings
+from rome.editors.memit import Memit, MemitSettings, MemitWithHistory
 from rome.editors.mend import MendNetwork, MendSettings
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.training import Example, Trainer, TrainingSettings
+from rome.editors.ultraedit import UltraEdit, UltraEditSettings
 from rome.editors.values import ValueSettings
-from rome.edits.deltas import Edit, LowRankDelta, dense
+from rome.edits.deltas import Edit, LowRankDelta, dense, written
 from rome.edits.sequences import Grouping, grouped
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
@@ -59,6 +62,8 @@ MEMIT = MemitSettings(
     second_moment_weight=0.01,
     value=ValueSettings(steps=4, learning_rate=0.1, clamp=4, stop_below=0),
 )
+ALPHA = AlphaEditSettings(layers=MEMIT.layers, value=MEMIT.value, threshold=0.08)
+ULTRA = UltraEditSettings(up=(0,), down=(1, 2), learning_rate=1e-3)
 FREE = FineTuningSettings(layer=1, steps=6, learning_rate=0.02)
 CONSTRAINED = ConstrainedSettings(
     steps=5, learning_rate=0.02, weight_decay=0.1, norm_constraint=0.03, target_loss="sequence"
@@ -149,6 +154,25 @@ def memit(model: EditableModel, settings: MemitSettings) -> Memit:
     return Memit(model, settings, TEMPLATES, solvers, BUDGET)
 
 
+def alphaedit(model: EditableModel) -> AlphaEdit:
+    solvers = {layer: moment.solver() for layer, moment in moments().items()}
+    return AlphaEdit(model, ALPHA, TEMPLATES, solvers, BUDGET)
+
+
+def memit_with_history(model: EditableModel) -> MemitWithHistory:
+    solvers = {layer: moment.solver() for layer, moment in moments().items()}
+    return MemitWithHistory(model, replace(MEMIT, history=True), TEMPLATES, solvers, BUDGET)
+
+
+def ultraedit(model: EditableModel) -> UltraEdit:
+    return UltraEdit(model, ULTRA, BUDGET)
+
+
+def lora(model: EditableModel) -> Lora:
+    modules = tuple(path.rpartition(".")[2] for path in model.family.attention)
+    return Lora(model, LoraSettings(modules, rank=2, steps=3), BUDGET)
+
+
 def ke_network(model: EditableModel) -> KnowledgeEditorNetwork:
     network = hypernetwork.build(model, "ke", 2, KE, seed=1)
     assert isinstance(network, KnowledgeEditorNetwork)
@@ -174,8 +198,8 @@ def _in_sequence(model: EditableModel) -> Editor:
     return grouped(model, rome(model, LAST), Grouping(sequence=5))
 
 
-def _together(model: EditableModel) -> Editor:
-    return grouped(model, memit(model, MEMIT), Grouping(edits_per_model=5))
+def _together(build: Callable[[EditableModel], Editor], model: EditableModel) -> Editor:
+    return grouped(model, build(model), Grouping(edits_per_model=5))
 
 
 EDITORS: dict[str, Callable[[EditableModel], Editor]] = {
@@ -185,7 +209,10 @@ EDITORS: dict[str, Callable[[EditableModel], Editor]] = {
     "rome 2": lambda model: rome(model, LAST),
     "rome in sequence": _in_sequence,
     "memit": lambda model: memit(model, MEMIT),
-    "memit together": _together,
+    "memit together": partial(_together, lambda model: memit(model, MEMIT)),
+    "alphaedit": alphaedit,
+    "ultraedit together": partial(_together, ultraedit),
+    "lora together": partial(_together, lora),
     "ft 1": lambda model: FineTuning(model, FREE, BUDGET),
     "ft+l 0": lambda model: FineTuning(model, CONSTRAINED, BUDGET),
     "attnedit 2": lambda model: FineTuning(model, ATTENTION, BUDGET),
@@ -254,7 +281,25 @@ def _trained(kind: str, model: EditableModel) -> Any:
     return [trainer.train().loss for _ in range(3)], trainer.validate().loss
 
 
+CHAINS: dict[str, Callable[[EditableModel], ChainEditor]] = {
+    "memit": memit_with_history,
+    "alphaedit": alphaedit,
+    "ultraedit": ultraedit,
+}
+
+
+def _chained(build: Callable[[EditableModel], ChainEditor], model: EditableModel) -> Any:
+    """The changes of two batches, and what is carried on."""
+    editor = build(model)
+    first, state = editor.edit_batch(ENDING[:2], editor.begin())
+    with written(model, first):
+        second, last = editor.edit_batch(ENDING[2:], state)
+    changes = [[dense(e.deltas[name]).cpu() for name in sorted(e.deltas)] for e in (first, second)]
+    return changes, [last[name].cpu() for name in sorted(last)]
+
+
 COMPUTATIONS: dict[str, Computation] = {
+    **{f"chain {name}": Computation(partial(_chained, build)) for name, build in CHAINS.items()},
     **{f"edit {name}": Computation(partial(_edited, build)) for name, build in EDITORS.items()},
     **{f"trace {kind}": Computation(partial(_traced, kind), taught) for kind in tracing.KINDS},
     "second moments": Computation(_second_moments),
