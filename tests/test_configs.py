@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
+from rome.editors import EDITORS
 from rome.editors.rome import RomeSettings
 from rome.options import ConfigError
 from tests.support import tiny
@@ -79,8 +81,10 @@ def test_every_model_loads(model: str, run_file: Path) -> None:
     config = configs.load(run_file, [f"model={model}"])
     assert config.model.name == model
     # Nothing of an editor is left to the defaults of another model.
-    assert {"layer", "value"} <= config.model.editors["rome"].keys()
-    assert len(config.model.editors["rome"]["value"]) == 5
+    for kind, settings in config.model.editors.items():
+        if "value" in {f.name for f in fields(EDITORS[kind].settings)}:
+            assert {"layer", "layers"} & settings.keys(), kind
+            assert len(settings["value"]) == 5, kind
 
 
 @pytest.mark.parametrize(
