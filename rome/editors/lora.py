@@ -4,7 +4,7 @@ facts through `peft` and merged into a change of the weights: a baseline of newe
 W' = W + alpha / r B A, Section 4.1, Equation 3; the loss is the mean over requests of the mean of
 -log p over the target's tokens, each after those before it.
 
-Legend: B texts, K input size, D output size, R rank.
+Legend: B rows, K input size, D output size, R rank.
 """
 
 from __future__ import annotations
