@@ -127,30 +127,56 @@ def trace(
     (encoded,) = model.encode([fact.prompt])
     subject = prompts.subject_tokens(encoded, fact.template, fact.subject)
     noise_SND = _noise(model, fact, settings, len(subject)) * (settings.noise * std)
-    observed = observe(model, encoded.ids, subject, noise_SND)
+    T, L, S = len(encoded.ids), len(model.layers), settings.samples
+    attribute = _attribute_start(model, fact, T)
+    # Before the subject nothing is corrupted, so that nothing can be restored.
+    traced = [subject[-1]] if KINDS[kind].severs else range(subject.start, T)
+
+    def run(samples: Sequence[int]) -> list[_Sampled]:
+        noise = noise_SND[samples[0] : samples[-1] + 1]
+        observed = observe(model, encoded.ids, subject, noise)
+        restored = [
+            memory.in_batches(
+                range(len(samples)),
+                memory.by_length([L * (T - t)] * len(samples), token_budget),
+                partial(restore, model, observed, KINDS[kind], settings.window, t),
+            )
+            for t in (traced if observed.answer == attribute else ())
+        ]
+        clean, *corrupted = observed.probability_B
+        return [
+            _Sampled(observed.answer, clean, one, [of_S[s] for of_S in restored])
+            for s, one in enumerate(corrupted)
+        ]
+
+    sampled = memory.in_batches(range(S), memory.by_length([T] * S, token_budget), run)
     found: dict[str, Any] = {
         "tokens": [model.tokenizer.decode([i]) for i in encoded.ids],
         "subject": subject,
-        "answer": model.tokenizer.decode([observed.answer]),
-        "known": _attribute_start(model, fact, len(encoded.ids)) == observed.answer,
-        "clean": float(observed.probability_B[0]),
+        "answer": model.tokenizer.decode([sampled[0].answer]),
+        "known": sampled[0].answer == attribute,
+        "clean": float(sampled[0].clean),
     }
     if not found["known"]:
         return Trace(**found)
-    T, L = len(encoded.ids), len(model.layers)
-    corrupted = float(observed.probability_B[1:].mean())
-    # Before the subject nothing is corrupted, so that nothing can be restored.
+    corrupted = float(torch.stack([one.corrupted for one in sampled]).mean())
     restored: list[list[float] | None] = [[corrupted] * L for _ in range(T)]
     if KINDS[kind].severs:
         restored = [None] * T
-    for t in [subject[-1]] if KINDS[kind].severs else range(subject.start, T):
-        samples_L = memory.in_batches(
-            range(settings.samples),
-            memory.by_length([L * (T - t)] * settings.samples, token_budget),
-            partial(restore, model, observed, KINDS[kind], settings.window, t),
-        )
-        restored[t] = torch.stack(samples_L).mean(0).tolist()
+    for i, t in enumerate(traced):
+        restored[t] = torch.stack([one.restored_tL[i] for one in sampled]).mean(0).tolist()
     return Trace(**found, corrupted=corrupted, restored=restored)
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """One sample of noise: the clean answer and its probabilities, clean, corrupted, and by traced
+    token and restored layer."""
+
+    answer: int
+    clean: Tensor
+    corrupted: Tensor
+    restored_tL: list[Tensor]
 
 
 def _noise(model: EditableModel, fact: KnownFact, settings: TraceSettings, N: int) -> Tensor:

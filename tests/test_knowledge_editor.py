@@ -65,7 +65,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_bit(
 
     def trainer() -> Trainer:
         network = hypernetwork.build(model, kind, 2, settings, seed=3)
-        return Trainer(model, network, EXAMPLES, training)
+        return Trainer(model, network, EXAMPLES, training, BUDGET)
 
     whole = trainer()
     unedited = whole.validate(edited=False)
@@ -87,8 +87,9 @@ def test_training_lowers_the_loss_and_resumes_to_the_bit(
 
 def test_too_few_examples_are_refused() -> None:
     model = tiny.model("gpt2")
+    settings = TrainingSettings(steps=1, validation=20)
     with pytest.raises(ValueError, match="20 of validation and a batch of 10, got 25"):
-        Trainer(model, ke_network(model), EXAMPLES, TrainingSettings(steps=1, validation=20))
+        Trainer(model, ke_network(model), EXAMPLES, settings, BUDGET)
 
 
 @pytest.fixture

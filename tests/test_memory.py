@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from rome.editors import contexts
+from rome.editors import EDITORS, contexts
 from rome.editors.values import _Problem
 from rome.models import costs, memory
 from tests.support import tiny
-from tests.support.computations import COMPUTATIONS, distance
+from tests.support.computations import COMPUTATIONS, distance, mend_network
 from tests.support.two_gpus import costs_like
 
 LIMITED = """
@@ -91,13 +91,52 @@ def test_other_errors_are_not_retried(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-# One for each editor that batches by itself; each scores, says and writes as well. A training step
-# takes its examples together: their gradient is one sum.
-HALVED = ("edit rome 0", "edit memit", "edit ft 1", "edit kn", "edit mend", "trace mlp")
+# One for each editor; each scores, says and writes as well.
+HALVED = (
+    *("edit rome 0", "edit memit", "edit memit together", "edit ft 1", "edit ft+l 0"),
+    *("edit attnedit 2", "edit kn", "edit ke", "edit mend"),
+    *("trace hidden", "trace mlp", "trace mlp_severed"),
+    *("train ke", "train mend", "second moments"),
+)
+
+
+def test_what_is_halved_is_every_kind_of_work() -> None:
+    kinds = {" ".join(name.split()[:2]) for name in HALVED}
+    assert {f"edit {editor}" for editor in EDITORS} - kinds == {"edit none"}
+    assert {name for name in COMPUTATIONS if name.startswith("train")} <= kinds
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_no_pass_of_a_model_is_beside_the_function_that_halves(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = COMPUTATIONS[name]
+    model = asked.make("gpt2", "float32")
+    if name == "edit mend":  # The network of this computation is made with a pass.
+        network = mend_network(model)
+        monkeypatch.setattr("tests.support.computations.mend_network", lambda _: network)
+    run, in_halves, passes, inside = model.run, memory.in_halves, [], [0]
+
+    def seen(*args: Any, **options: Any) -> Any:
+        passes.append(inside[0])
+        return run(*args, **options)
+
+    def entered(*args: Any) -> Any:
+        inside[0] += 1
+        try:
+            return in_halves(*args)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(model, "run", seen)
+    monkeypatch.setattr(memory, "in_halves", entered)
+    asked.compute(model)
+    assert passes
+    assert all(passes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*HALVED, "second moments"])
+@pytest.mark.parametrize("name", HALVED)
 @pytest.mark.usefixtures("one_thread")
 def test_every_computation_goes_on_item_by_item(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that holds one item at a time changes no number."""
@@ -115,6 +154,7 @@ def test_every_computation_goes_on_item_by_item(name: str, monkeypatch: pytest.M
         return in_halves(limited, batch)
 
     monkeypatch.setattr(memory, "in_halves", short)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # Nothing is short here, and it is slow.
     found = asked.compute(asked.make("llama", "float64"))
     assert failed
     assert distance(found, expected) <= 1e-6  # Llama's norms are computed in float32.

@@ -10,7 +10,8 @@ import torch
 from rome.editors import gradients, hypernetwork
 from rome.editors.hypernetwork import HypernetworkEditor
 from rome.editors.mend import MendNetwork, MendSettings, _Statistics
-from rome.editors.training import Example, Trainer, TrainingSettings
+from rome.editors.objective import Example
+from rome.editors.training import Trainer, TrainingSettings
 from rome.edits.deltas import dense
 from tests.support import oracle_hypernetworks as oracle
 from tests.support import tiny
@@ -48,13 +49,12 @@ def test_factors_multiply_out_to_the_gradient_of_the_weight(family: str, layers:
     model = tiny.model(family)
     weights = gradients.mlp_weights(model, layers)
     texts = model.encode_targets([(r.text, r.target, r.separator) for r in REQUESTS])
-    rows = gradients.observe(model, 3 - layers, texts)
+    rows = gradients.side_by_side(model, 3 - layers, gradients.observe(model, 3 - layers, texts))
     found = gradients.gradients(model, weights, rows)
     for e, request in enumerate(REQUESTS):
         for name, gradient in oracle.weight_gradients(model, request, weights).items():
-            factors = found.factors[name]
-            kept_T = factors.mask_ET[e]
-            product_DK = factors.delta_ETD[e, kept_T].T @ factors.x_ETK[e, kept_T]
+            factors = found[e].factors[name]
+            product_DK = factors.delta_ND.T @ factors.x_NK
             assert close(product_DK.T if model.family.transposed else product_DK, gradient)
 
 
@@ -105,7 +105,7 @@ def test_an_epochs_order_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainingSettings(steps=9, batch=4, validation=2)
     examples = [Example(request) for request in REQUESTS * 4]
     model = tiny.model("gpt2")
-    trainer = Trainer(model, mend_network(model), examples, settings)
+    trainer = Trainer(model, mend_network(model), examples, settings, BUDGET)
     drawn: list[int] = []
     sample = random.Random.sample
 

@@ -21,13 +21,14 @@ from cluster.settings import RunSettings
 from cluster.store import Store
 from jobs.inputs import corpus as corpora
 from jobs.runs.config import CorpusConfig, ModelConfig
-from jobs.tasks.loading import load_model
+from jobs.tasks.loading import load_model, token_budget
 from rome import options
 from rome.data import records
 from rome.data.records import Record, Request
 from rome.editors import hypernetwork
 from rome.editors.hypernetwork import NETWORKS, NetworkOrigin
-from rome.editors.training import Example, Figures, Trainer, TrainingSettings
+from rome.editors.objective import Example
+from rome.editors.training import Figures, Trainer, TrainingSettings
 from rome.models import EditableModel, memory
 from rome.options import ConfigError
 from rome.paths import workspace
@@ -131,7 +132,8 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
     network = hypernetwork.build(
         model, config.editor, config.layers, settings, config.training.seed
     )
-    trainer = Trainer(model, network, examples, config.training)
+    budget = token_budget(model, None, config.workers)
+    trainer = Trainer(model, network, examples, config.training, budget)
     curve = read_curve(store)
     if store.exists(CHECKPOINT):
         trainer.restore(store.read_bytes(CHECKPOINT))

@@ -3,8 +3,8 @@
 A weight's gradient is sum_t delta_t x_t^T: its input x_t and the gradient delta_t of its output, at
 each token. Only the layers that hold such weights, and those after them, are run backwards.
 
-Legend: E edits, B rows, T tokens, N predicted tokens, H hidden size, V vocabulary, D output size of
-a weight, K input size of a weight.
+Legend: E edits, B rows, T tokens, N tokens that are predicted, or of one edit, H hidden size,
+V vocabulary, D output size of a weight, K input size of a weight.
 """
 
 from __future__ import annotations
@@ -43,13 +43,24 @@ def module_of(model: EditableModel, weight: str) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A text, run without gradients up to the first layer that holds an edited weight.
+
+    Its last token is predicted but never read.
+    """
+
+    text: Text
+    entering_TH: Tensor | None
+    """The hidden states that enter that layer; None for the embeddings."""
+
+
+@dataclass(frozen=True)
 class Rows:
-    """A batch of texts, run without gradients up to the first layer that holds an edited weight."""
+    """Rows side by side, padded."""
 
     texts: Sequence[Text]
     first_layer: int
     batch: prompts.Batch
-    """Without each text's last token, which is predicted but never read."""
     entering_BTH: Tensor | None
     label_ids_BT: Tensor
     """The token after each."""
@@ -58,8 +69,22 @@ class Rows:
 
 
 @torch.no_grad()
-def observe(model: EditableModel, first_layer: int, texts: Sequence[Text]) -> Rows:
-    """Run texts up to `first_layer`."""
+def observe(model: EditableModel, first_layer: int, texts: Sequence[Text]) -> list[Row]:
+    """Run texts up to `first_layer`, in one pass."""
+    if first_layer == 0:
+        return [Row(text, None) for text in texts]
+    batch = prompts.pad([text.ids[:-1] for text in texts], model.device)
+    entering_BTH = entering(model, first_layer, batch)
+    assert entering_BTH is not None
+    return [
+        Row(text, entering_TH[: len(text.ids) - 1])
+        for text, entering_TH in zip(texts, entering_BTH, strict=True)
+    ]
+
+
+def side_by_side(model: EditableModel, first_layer: int, rows: Sequence[Row]) -> Rows:
+    """Rows of one layer as a batch."""
+    texts = [row.text for row in rows]
     batch = prompts.pad([text.ids[:-1] for text in texts], model.device)
     label_ids_BT = torch.zeros_like(batch.ids_BT)
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -68,7 +93,8 @@ def observe(model: EditableModel, first_layer: int, texts: Sequence[Text]) -> Ro
         last = len(text.ids) - 1
         label_ids_BT[b, :last] = torch.tensor(text.ids[1:])
         label_weights_BT[b, text.start - 1 : last] = 1 / (len(text.ids) - text.start)
-    entering_BTH = entering(model, first_layer, batch)
+    states = [row.entering_TH for row in rows if row.entering_TH is not None]
+    entering_BTH = nn.utils.rnn.pad_sequence(states, batch_first=True) if states else None
     return Rows(texts, first_layer, batch, entering_BTH, label_ids_BT, label_weights_BT)
 
 
@@ -103,25 +129,26 @@ def target_nll(model: EditableModel, hidden_BTH: Tensor, rows: Rows) -> tuple[Te
 
 @dataclass(frozen=True)
 class Factors:
-    """One weight's gradient for each edit, sum over the tokens of `mask_ET` of delta_t x_t^T."""
+    """One weight's gradient for one edit: the sum over tokens of delta_t x_t^T.
 
-    x_ETK: Tensor
-    delta_ETD: Tensor
-    mask_ET: Tensor
-    """False for padding, and for tokens that the target does not depend on through the weight."""
+    Of the tokens that the target depends on through the weight, padding not among them.
+    """
+
+    x_NK: Tensor
+    delta_ND: Tensor
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The input of hypernetworks: each edit's text, its loss, and its gradient by weight."""
+class Gradient:
+    """The input of hypernetworks: an edit's text, its loss, and its gradient by weight."""
 
-    texts: Sequence[Text]
-    loss_E: Tensor
+    text: Text
+    loss: Tensor
     factors: Mapping[str, Factors]
 
 
-def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> Gradients:
-    """The factors of d NLL / d W in every row, each of them as if it were alone."""
+def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> list[Gradient]:
+    """The factors of d NLL / d W of every row, each of them as if it were alone."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -136,9 +163,12 @@ def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> Gradi
     with torch.enable_grad(), hooked(*handles):
         loss_E, _ = target_nll(model, last_hidden(model, rows), rows)
         deltas = torch.autograd.grad(loss_E.sum(), [seen[name][1] for name in weights])
-    factors = {}
+    found: list[dict[str, Factors]] = [{} for _ in rows.texts]
     for name, gradient_ETD in zip(weights, deltas, strict=True):
         x_ETK, delta_ETD = seen[name][0].to(loss_E), gradient_ETD.to(loss_E)
         mask_ET = (x_ETK != 0).any(2) & (delta_ETD != 0).any(2)
-        factors[name] = Factors(x_ETK, delta_ETD, mask_ET)
-    return Gradients(rows.texts, loss_E.detach(), factors)
+        counts = mask_ET.sum(1).tolist()
+        parts = zip(x_ETK[mask_ET].split(counts), delta_ETD[mask_ET].split(counts), strict=True)
+        for factors, (x_NK, delta_ND) in zip(found, parts, strict=True):
+            factors[name] = Factors(x_NK, delta_ND)
+    return [Gradient(*one) for one in zip(rows.texts, loss_E.detach(), found, strict=True)]

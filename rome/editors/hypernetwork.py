@@ -65,12 +65,14 @@ def make_edits(
     model: EditableModel, network: Network, requests: Sequence[Request], texts: Sequence[Text]
 ) -> list[Edit]:
     """One edit per request, in one batch; `texts` are theirs."""
-    rows = gradients.observe(model, first_layer(model, network), texts)
-    found = gradients.gradients(model, network.weights, rows)
-    edits = []
-    for request, loss, deltas in zip(requests, found.loss_E.tolist(), network(found), strict=True):
-        edits.append(Edit(request, deltas, {"loss": loss, "norm": total_norm(deltas)}))
-    return edits
+    start = first_layer(model, network)
+    rows = gradients.side_by_side(model, start, gradients.observe(model, start, texts))
+    found = network.normalised(gradients.gradients(model, network.weights, rows))
+    losses = torch.stack([gradient.loss for gradient in found]).tolist()
+    return [
+        Edit(request, deltas, {"loss": loss, "norm": total_norm(deltas)})
+        for request, loss, deltas in zip(requests, losses, network(found), strict=True)
+    ]
 
 
 def first_layer(model: EditableModel, network: Network) -> int:

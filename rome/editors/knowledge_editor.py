@@ -4,17 +4,19 @@ De Cao et al. 2021, Section 3, as in the published code (`OneShotLearner`, in er
 `efk`): W' = W + s (a * G + b), with G the gradient, a and b outer products of a softmax and a row,
 and s in (0, 1). Multiplied elementwise by a rank-one matrix, G keeps its rank.
 
-Legend: E edits, T tokens, F first and S second dimension of a weight as it is stored, C condition,
-R rank.
+Legend: E edits, N tokens of an edit, F first and S second dimension of a weight as it is stored,
+C condition, R rank.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from rome.editors.gradients import Factors, Gradients
+from rome.editors.gradients import Factors, Gradient
 from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
 from rome.settings import configurable
@@ -63,18 +65,22 @@ class KnowledgeEditorNetwork(nn.Module):
         """None has a learning rate of its own."""
         return []
 
-    def forward(self, gradients: Gradients) -> list[dict[str, LowRankDelta]]:
+    def normalised(self, gradients: Sequence[Gradient]) -> list[Gradient]:
+        """As they are: nothing is normalised here."""
+        return list(gradients)
+
+    def forward(self, gradients: Sequence[Gradient]) -> list[dict[str, LowRankDelta]]:
         """Each edit's change of each weight, of a rank for every token that has a gradient and one.
 
         Equal to reading each text alone.
         """
-        condition_EC = self._read([text.ids for text in gradients.texts])
-        changes: list[dict[str, LowRankDelta]] = [{} for _ in gradients.texts]
+        condition_EC = self._read([gradient.text.ids for gradient in gradients])
+        changes: list[dict[str, LowRankDelta]] = [{} for _ in gradients]
         weights = zip(self.weights, self.shapes, self.conditioners, strict=True)
         for name, (F, S), conditioner in weights:
             bends = conditioner(condition_EC).split([S, F, S, F, 1], dim=1)
-            for e, bend in enumerate(zip(*bends, strict=True)):
-                changes[e][name] = self._bent(gradients.factors[name], e, *bend)
+            for change, gradient, *bend in zip(changes, gradients, *bends, strict=True):
+                change[name] = self._bent(gradient.factors[name], *bend)
         return changes
 
     def _read(self, ids: list[list[int]]) -> Tensor:
@@ -92,7 +98,6 @@ class KnowledgeEditorNetwork(nn.Module):
     def _bent(
         self,
         factors: Factors,
-        e: int,
         a_S: Tensor,
         a_F: Tensor,
         b_S: Tensor,
@@ -100,10 +105,9 @@ class KnowledgeEditorNetwork(nn.Module):
         s: Tensor,
     ) -> LowRankDelta:
         """s (a * G + b) for one edit."""
-        mask_T = factors.mask_ET[e]
         a, b = (a_F.softmax(0), a_S), (b_F.softmax(0), b_S)
         if self.transposed:
             a, b = a[::-1], b[::-1]
-        left_RD = torch.cat([factors.delta_ETD[e, mask_T] * a[0], b[0][None]])
-        right_RK = torch.cat([factors.x_ETK[e, mask_T] * a[1], b[1][None]])
+        left_RD = torch.cat([factors.delta_ND * a[0], b[0][None]])
+        right_RK = torch.cat([factors.x_NK * a[1], b[1][None]])
         return LowRankDelta(s.sigmoid() * left_RD.T, right_RK.T)

@@ -9,10 +9,13 @@ S either of them, R rank of a layer, M weights of one shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from rome.editors.gradients import Gradients
+from rome.editors.gradients import Factors, Gradient
 from rome.edits.deltas import LowRankDelta
 from rome.models import EditableModel
 from rome.settings import configurable
@@ -49,20 +52,35 @@ class MendNetwork(nn.Module):
         """Those that have a learning rate of their own in training. [lr_lr]"""
         return [self.rates]
 
-    def forward(self, gradients: Gradients) -> list[dict[str, LowRankDelta]]:
+    def normalised(self, gradients: Sequence[Gradient]) -> list[Gradient]:
+        """The gradients as `forward` takes them.
+
+        In training, the statistics that normalise them take in those given: all edits of a step.
+        """
+        normal: list[dict[str, Factors]] = [{} for _ in gradients]
+        for name in self.weights:
+            transform = self.transforms[self.places[name][0]]
+            assert isinstance(transform, _Transform)
+            x_NK, delta_ND, counts = _joined(gradients, name)
+            x_NK, delta_ND = transform.x_statistics(x_NK), transform.delta_statistics(delta_ND)
+            parts = zip(x_NK.split(counts), delta_ND.split(counts), strict=True)
+            for factors, part in zip(normal, parts, strict=True):
+                factors[name] = Factors(*part)
+        return [
+            replace(gradient, factors=factors)
+            for gradient, factors in zip(gradients, normal, strict=True)
+        ]
+
+    def forward(self, gradients: Sequence[Gradient]) -> list[dict[str, LowRankDelta]]:
         """Each edit's change of each weight, of a rank for every token that has a gradient.
 
-        In training, the statistics that normalise gradients take in those given.
+        `gradients`: as `normalised` gives them.
         """
-        changes: list[dict[str, LowRankDelta]] = [{} for _ in gradients.texts]
+        changes: list[dict[str, LowRankDelta]] = [{} for _ in gradients]
         for name, rate in zip(self.weights, self.rates, strict=True):
-            factors = gradients.factors[name]
-            mask_ET = factors.mask_ET
             shape, m = self.places[name]
-            x_NK, delta_ND = self.transforms[shape](
-                factors.x_ETK[mask_ET], factors.delta_ETD[mask_ET], m
-            )
-            counts = mask_ET.sum(1).tolist()
+            x_NK, delta_ND, counts = _joined(gradients, name)
+            x_NK, delta_ND = self.transforms[shape](x_NK, delta_ND, m)
             for change, left_RD, right_RK in zip(
                 changes, (rate * delta_ND).split(counts), x_NK.split(counts), strict=True
             ):
@@ -70,8 +88,15 @@ class MendNetwork(nn.Module):
         return changes
 
 
+def _joined(gradients: Sequence[Gradient], name: str) -> tuple[Tensor, Tensor, list[int]]:
+    """One weight's factors of all edits, and how many tokens are of each."""
+    factors = [gradient.factors[name] for gradient in gradients]
+    x_NK, delta_ND = (torch.cat([getattr(f, key) for f in factors]) for key in ("x_NK", "delta_ND"))
+    return x_NK, delta_ND, [len(f.x_NK) for f in factors]
+
+
 class _Transform(nn.Module):
-    """(x, delta) to (x', delta'): normalised, then each through its own network."""
+    """(x, delta), normalised, to (x', delta'): each through its own network."""
 
     def __init__(self, D: int, K: int, M: int, settings: MendSettings) -> None:
         super().__init__()
@@ -81,7 +106,6 @@ class _Transform(nn.Module):
         self.delta_layers = nn.ModuleList([_Layer(D, settings.rank, M) for _ in range(count)])
 
     def forward(self, x_NK: Tensor, delta_ND: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        x_NK, delta_ND = self.x_statistics(x_NK), self.delta_statistics(delta_ND)
         for layer in self.x_layers:
             x_NK = layer(x_NK, m)
         for layer in self.delta_layers:

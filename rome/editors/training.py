@@ -4,14 +4,15 @@ The published objective (Mitchell et al. 2022, Section 3.2; eric-mitchell/mend `
 c_edit * NLL of the target on the request and a paraphrase of it, under the edit, plus
 c_loc * KL(unedited || edited) at every token of a text that the edit should leave alone.
 
-Legend: E edits, B rows, T tokens, N tokens of all rows, H hidden size, V vocabulary.
+Legend: E edits, F figures of an example.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +20,13 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from rome.data.records import Request
-from rome.editors import gradients
-from rome.editors.gradients import Rows
-from rome.editors.hypernetwork import Network, first_layer
-from rome.edits.deltas import Edit, applied
-from rome.models import EditableModel
+from rome.editors import objective
+from rome.editors.gradients import Gradient
+from rome.editors.hypernetwork import Network
+from rome.editors.objective import Example, Observed
+from rome.edits.deltas import Edit
+from rome.models import EditableModel, memory
 from rome.settings import configurable
-
-
-@dataclass(frozen=True)
-class Example:
-    """An edit to train on; what should follow from it, and what should not."""
-
-    request: Request
-    rephrased: tuple[str, ...] = ()
-    """Other prompts that the target should follow."""
-    local: tuple[tuple[str, str], ...] = ()
-    """(prompt, what follows it), which the edit should not change."""
 
 
 @configurable(
@@ -91,24 +81,14 @@ class Figures:
     """The same of the paraphrases; NaN where there is none."""
 
 
-@dataclass(frozen=True)
-class _Observed:
-    """A batch of examples as rows, run up to the edited layers, unedited."""
-
-    requests: list[Request]
-    edited: Rows
-    rephrased: Rows | None
-    rephrased_of: list[int]
-    """The edit of each row."""
-    local: Rows | None
-    local_of: list[int]
-
-
 class Trainer:
     """A network, its optimiser and the step they are at.
 
     Which examples and prompts a step takes depends on the seed and the step alone, so that a
     training which goes on from a checkpoint is the one that was never interrupted.
+
+    `token_budget`: tokens of the texts of a forward and backward pass at most. A step of more is
+    the sum of several.
     """
 
     def __init__(
@@ -117,6 +97,7 @@ class Trainer:
         network: Network,
         examples: Sequence[Example],
         settings: TrainingSettings,
+        token_budget: int,
     ) -> None:
         if len(examples) < settings.validation + settings.batch:
             raise ValueError(
@@ -124,15 +105,13 @@ class Trainer:
                 f"{settings.batch}, got {len(examples)}"
             )
         self.model, self.network, self.settings = model, network, settings
+        self.token_budget = token_budget
         self.step = 0
         self._drawn: tuple[int, Sequence[int]] = -1, ()
         self.examples = examples[settings.validation :]
         held_out = [_chosen(example, None) for example in examples[: settings.validation]]
         # Validated again and again on the same texts: these run through the lower layers once.
-        self.validated = [
-            self._observe(held_out[i : i + settings.batch])
-            for i in range(0, len(held_out), settings.batch)
-        ]
+        self.validated = objective.observe(model, network, held_out, token_budget)
         rates = network.rate_parameters()
         groups: list[dict[str, Any]] = [
             {"params": [p for p in network.parameters() if not any(p is rate for rate in rates)]},
@@ -144,10 +123,9 @@ class Trainer:
         """One step of the optimiser. Raises FloatingPointError where the gradient is not finite."""
         self.step += 1
         self.network.train()
-        observed = self._observe(self._batch())
-        figures, loss = self._judge(observed)
         self.adam.zero_grad()
-        loss.backward()
+        observed = objective.observe(self.model, self.network, self._batch(), self.token_budget)
+        figures = self._judge(observed, learn=True)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         if not norm.isfinite():
             raise FloatingPointError(
@@ -160,16 +138,7 @@ class Trainer:
     def validate(self, edited: bool = True) -> Figures:
         """Means over the examples that are never trained on; or those of the unedited model."""
         self.network.eval()
-        all_figures = [self._judge(observed, edited)[0] for observed in self.validated]
-        weights = [len(observed.requests) for observed in self.validated]
-        total = sum(weights)
-        return Figures(
-            *(
-                sum(w * getattr(one, f.name) for w, one in zip(weights, all_figures, strict=True))
-                / total
-                for f in fields(Figures)
-            )
-        )
+        return self._judge(self.validated, edited=edited)
 
     def _batch(self) -> list[Example]:
         """The examples of this step: every one is taken once before any is taken again."""
@@ -187,77 +156,56 @@ class Trainer:
             self._drawn = epoch, draw.sample(range(len(self.examples)), len(self.examples))
         return self._drawn[1]
 
-    def _observe(self, examples: Sequence[Example]) -> _Observed:
-        requests = [example.request for example in examples]
-        rephrased = [
-            (e, (prompt, x.request.target))
-            for e, x in enumerate(examples)
-            for prompt in x.rephrased
-        ]
-        local = [(e, pair) for e, x in enumerate(examples) for pair in x.local]
-        edited = self._rows([(request.text, request.target) for request in requests])
-        assert edited is not None
-        return _Observed(
-            requests,
-            edited,
-            self._rows([pair for _, pair in rephrased]),
-            [e for e, _ in rephrased],
-            self._rows([pair for _, pair in local]),
-            [e for e, _ in local],
-        )
+    def _judge(
+        self, observed: Sequence[Observed], edited: bool = True, learn: bool = False
+    ) -> Figures:
+        """Edit, and see what the edited model says; if it is to `learn`, leave the gradient of the
+        loss with the network's parameters.
 
-    def _rows(self, pairs: list[tuple[str, str]]) -> Rows | None:
-        if not pairs:
-            return None
-        start = first_layer(self.model, self.network)
-        return gradients.observe(
-            self.model, start, self.model.encode_targets([(*pair, " ") for pair in pairs])
-        )
-
-    def _judge(self, observed: _Observed, edited: bool = True) -> tuple[Figures, Tensor]:
-        """Edit, and see what the edited model says: figures, and the loss to be minimised."""
-        model, settings = self.model, self.settings
-        edits = [Edit(request) for request in observed.requests]
+        The loss is a mean over all rows, so that its gradient is a sum over any parts of them.
+        """
+        model, network, settings = self.model, self.network, self.settings
+        targets = sum(1 + len(one.rephrased) for one in observed)
+        locals_ = sum(len(one.local) for one in observed)
+        found: list[Gradient] = []
         if edited:
-            found = gradients.gradients(model, self.network.weights, observed.edited)
-            changes = self.network(found)
-            edits = [Edit(e.request, deltas) for e, deltas in zip(edits, changes, strict=True)]
-        nll_B, right_B = self._edited_nll(edits, observed.edited)
-        accuracy, paraphrase_accuracy = float(right_B.double().mean()), float("nan")
-        if observed.rephrased is not None:
-            others = [edits[e] for e in observed.rephrased_of]
-            other_nll_B, other_right_B = self._edited_nll(others, observed.rephrased)
-            paraphrase_accuracy = float(other_right_B.double().mean())
-            nll_B = torch.cat([nll_B, other_nll_B])
-        edit_loss = nll_B.mean()
-        local_loss = torch.zeros_like(edit_loss)
-        if observed.local is not None:
-            local_loss = self._drift([edits[e] for e in observed.local_of], observed.local)
-        loss = settings.c_edit * edit_loss + settings.c_loc * local_loss
-        figures = Figures(
-            edit_loss.item(), local_loss.item(), loss.item(), accuracy, paraphrase_accuracy
+            found = objective.gradients_of(model, network, observed, self.token_budget)
+            found = network.normalised(found)
+        parameters = list(network.parameters())
+
+        def run(part: Sequence[int]) -> list[list[float]]:
+            some = [observed[i] for i in part]
+            edits = [Edit(one.request) for one in some]
+            if edited:
+                changes = network([found[i] for i in part])
+                edits = [Edit(e.request, deltas) for e, deltas in zip(edits, changes, strict=True)]
+            nll_E, right_E, rephrased_right_E = objective.said(model, network, some, edits)
+            drift_E = objective.drift(model, network, some, edits)
+            if learn:
+                loss = settings.c_edit * nll_E.sum() / targets
+                if locals_:
+                    loss = loss + settings.c_loc * drift_E.sum() / locals_
+                # Added when all are there: a part that memory ends in leaves nothing.
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    if grad is not None:
+                        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+            figures_FE = torch.stack([nll_E.detach(), drift_E.detach(), right_E, rephrased_right_E])
+            answer: list[list[float]] = figures_FE.T.tolist()
+            return answer
+
+        batches = memory.by_length([one.tokens for one in observed], self.token_budget)
+        said = memory.in_batches(range(len(observed)), batches, run)
+        nll, drift, right, rephrased_right = map(math.fsum, zip(*said, strict=True))
+        edit_loss, local_loss = nll / targets, drift / max(locals_, 1)
+        rephrased = targets - len(observed)
+        return Figures(
+            edit_loss,
+            local_loss,
+            settings.c_edit * edit_loss + settings.c_loc * local_loss,
+            right / len(observed),
+            rephrased_right / rephrased if rephrased else math.nan,
         )
-        return figures, loss
-
-    def _edited_nll(self, edits: list[Edit], rows: Rows) -> tuple[Tensor, Tensor]:
-        with applied(self.model, edits):
-            hidden_BTH = gradients.last_hidden(self.model, rows)
-        return gradients.target_nll(self.model, hidden_BTH, rows)
-
-    def _drift(self, edits: list[Edit], rows: Rows) -> Tensor:
-        """KL(unedited || edited), mean over the tokens of a row, then over rows. [kl_loc_loss]"""
-        with torch.no_grad():
-            before_BTH = gradients.last_hidden(self.model, rows)
-        with applied(self.model, edits):
-            after_BTH = gradients.last_hidden(self.model, rows)
-        mask_BT = rows.batch.mask_BT.bool()
-        with torch.no_grad():
-            before_NV = self.model.logits(before_BTH[mask_BT]).log_softmax(1)
-        after_NV = self.model.logits(after_BTH[mask_BT]).log_softmax(1)
-        kl_N = (before_NV.exp() * (before_NV - after_NV)).sum(1)
-        lengths_B = mask_BT.sum(1)
-        weights_BT = mask_BT / (lengths_B[:, None] * len(lengths_B))
-        return (kl_N * weights_BT[mask_BT]).sum()
 
     def serialised(self) -> bytes:
         """Network, optimiser and step as the content of a safetensors file."""

@@ -32,8 +32,9 @@ from rome.editors.knowledge_neurons import KnowledgeNeurons, KnowledgeNeuronsSet
 from rome.editors.lora import Lora, LoraSettings
 from rome.editors.memit import Memit, MemitSettings, MemitWithHistory
 from rome.editors.mend import MendNetwork, MendSettings
+from rome.editors.objective import Example
 from rome.editors.rome import Rome, RomeSettings
-from rome.editors.training import Example, Trainer, TrainingSettings
+from rome.editors.training import Trainer, TrainingSettings
 from rome.editors.ultraedit import UltraEdit, UltraEditSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta, dense, written
@@ -189,8 +190,8 @@ def mend_network(model: EditableModel) -> MendNetwork:
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.add_(0.1 * noise.to(parameter.device))
         texts = model.encode_targets([(r.text, r.target, r.separator) for r in REQUESTS])
-        rows = gradients.observe(model, 1, texts)
-        network.train()(gradients.gradients(model, network.weights, rows))
+        rows = gradients.side_by_side(model, 1, gradients.observe(model, 1, texts))
+        network.train().normalised(gradients.gradients(model, network.weights, rows))
     return network.eval()
 
 
@@ -277,7 +278,7 @@ def _second_moments(model: EditableModel) -> Any:
 
 def _trained(kind: str, model: EditableModel) -> Any:
     network = hypernetwork.build(model, kind, 2, MEND if kind == "mend" else KE, seed=3)
-    trainer = Trainer(model, network, EXAMPLES, TRAINING)
+    trainer = Trainer(model, network, EXAMPLES, TRAINING, 10_000)
     return [trainer.train().loss for _ in range(3)], trainer.validate().loss
 
 
