@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 DAMAGED = "_damaged"
+_PIECE = 8 << 20
 _T = TypeVar("_T")
 
 
@@ -145,6 +146,12 @@ class Store:
             data: bytes = stream.read()
         return data
 
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The content of a file of any size, piece by piece. Raises FileNotFoundError as well."""
+        with self._as_store_error(), self._opened[0].open_input_stream(self._path(name)) as stream:
+            while piece := stream.read(_PIECE):
+                yield piece
+
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or those of `columns` that it has.
 
@@ -217,6 +224,11 @@ class Store:
         """Remove a file. Raises FileNotFoundError where there is none."""
         with self._as_store_error():
             self._opened[0].delete_file(self._path(name))
+
+    def remove(self) -> None:
+        """Delete the folder of the store with all that is in it."""
+        with self._as_store_error():
+            self._opened[0].delete_dir(self._opened[1])
 
     def set_aside(self, name: str) -> str:
         """Move a damaged file to where no reader looks, and say where that is."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
 import typer
-from torch import Tensor
 
 from cluster.queue import Grid
 from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
@@ -25,15 +22,14 @@ from jobs.cli import say
 from jobs.inputs import corpus as corpora
 from jobs.inputs.corpus import Corpus
 from jobs.runs import config as configs
-from jobs.runs.config import CorpusConfig, ModelConfig, RunConfig
-from jobs.runs.manifests import file_sha256
+from jobs.runs.config import CorpusConfig, RunConfig
 from jobs.tasks.loading import model_fingerprint
-from jobs.tasks.moments import GROUP, Moments, write
+from jobs.tasks.moments import GROUP, Moments, Weight, given, write
 from rome import models
 from rome.editors import EDITORS
 from rome.models import EditableModel
 from rome.paths import workspace
-from rome.second_moment import MomentOrigin, import_npz, load, load_factor, save
+from rome.second_moment import MomentOrigin
 from rome.solver import UnsolvableError
 
 # The limit of a record, which workers have by default, does not fit thousands of texts.
@@ -41,11 +37,11 @@ _CHUNK_SECONDS = 3600.0
 # Of a corpus in so many chunks at most, a worker loses this many when it dies.
 _CHUNKS_A_LEASE = 64
 _LEASE = "lease.json"
-_NOT_RECORDED = "not recorded"
 
 
 def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[int, str]:
-    """The second moment of each layer that the run's editors need: layer -> safetensors file.
+    """The second moment of each layer that the run's editors need: layer -> safetensors file, by
+    its path or URI.
 
     `outline`: of the model, and `fingerprint`: of its weights. What is not there is computed, in
     one pass over the corpus for all layers; an interrupted pass goes on where it was. Raises
@@ -58,17 +54,35 @@ def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[
     )
     if not layers:
         return {}
-    folder = workspace() / "second_moments" / quote(config.model.name, safe="")
+    folder = Store(config.second_moments or workspace() / "second_moments")
+    folder = folder.sub(quote(config.model.name, safe=""))
     for layer in layers:
         outline.down_projection(layer)  # Raises before any work where there is no such layer.
     if config.model.second_moment.file is not None:
-        return {n: str(_given(config.model, outline, n, folder, fingerprint)) for n in layers}
+        return {n: _given(config, outline, n, folder, fingerprint) for n in layers}
     corpus = corpora.sized(config.model.second_moment, outline, layers[0])
     key = _key(corpus, fingerprint)
-    files = {n: folder / f"layer-{n}-{key}.safetensors" for n in layers}
-    if missing := {n: file for n, file in files.items() if not file.exists()}:
-        _compute(config, corpus, outline, missing, key, fingerprint)
-    return {n: str(file) for n, file in files.items()}
+    files = {n: folder.sub(f"layer-{n}-{key}.safetensors") for n in layers}
+    if missing := {n: file for n, file in files.items() if not file.exists("")}:
+        _compute(
+            config, corpus, outline, missing, _unfinished(folder, tuple(missing), key), fingerprint
+        )
+    return {n: file.uri for n, file in files.items()}
+
+
+def _given(
+    config: RunConfig, outline: EditableModel, layer: int, folder: Store, fingerprint: str
+) -> str:
+    """The file that the config names, or what a worker made of it."""
+    name = outline.weight_name(layer)
+    weight = Weight(layer, name, outline.sizes(name)[1])
+    file, told = once(given, config.model, weight, folder, fingerprint, settings=config.workers)
+    if not told:
+        say(
+            f"note: {file} is of a file that does not say which weights it is of; those of "
+            f"{config.model.name} are assumed"
+        )
+    return str(file)
 
 
 def _key(corpus: CorpusConfig, fingerprint: str) -> str:
@@ -77,77 +91,17 @@ def _key(corpus: CorpusConfig, fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _given(
-    config: ModelConfig, model: EditableModel, layer: int, folder: Path, fingerprint: str
-) -> Path:
-    """The file that the config names, checked; what holds no factor is factored into `folder`."""
-    path = Path(str(config.second_moment.file).replace("{layer}", str(layer)))
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; model.second_moment.file must name a second moment of layer "
-            f"{layer}, or be null to compute one from model.second_moment.corpus"
-        )
-    if path.suffix != ".npz" and (found := load_factor(path)):
-        factor_KK, _, origin = found
-        _check(path, factor_KK, model, layer)
-        _check_origin(path, origin, model.weight_name(layer), fingerprint)
-        return path
-    digest = file_sha256(str(path))
-    imported = folder / f"layer-{layer}-{digest[:12]}.safetensors"
-    if not imported.exists():
-        moment = import_npz(path) if path.suffix == ".npz" else load(path)[0]
-        _check(path, moment.sum_KK, model, layer)
-        say(f"note: {path} does not say which weights it is of; those of {config.name} are assumed")
-        origin = MomentOrigin(
-            model=config.name,
-            model_fingerprint=_NOT_RECORDED,
-            layer=layer,
-            weight=model.weight_name(layer),
-            corpus=path.name,
-            corpus_fingerprint=digest,
-        )
-        save(imported, moment, origin)
-    return imported
-
-
-def _check(path: Path, matrix_KK: Tensor, model: EditableModel, layer: int) -> None:
-    """Raises ValueError where C, or its factor, has not the layer's size, or is not finite."""
-    expected, size = model.sizes(model.weight_name(layer))[1], len(matrix_KK)
-    if size != expected:
-        raise ValueError(
-            f"{path} must be over the {expected} key dimensions of layer {layer} of {model.name}, "
-            f"got {size}: it is of another model"
-        )
-    if not matrix_KK.isfinite().all():
-        raise ValueError(f"{path} must be finite, but holds infinities or NaN: compute it again")
-
-
-def _check_origin(path: Path, origin: MomentOrigin, weight: str, fingerprint: str) -> None:
-    """Raises ValueError where a file is of another weight, or of other weights, than the run's."""
-    if origin.weight != weight:
-        raise ValueError(
-            f"{path} must be of {weight}, but is of {origin.weight}; write {{layer}} where its "
-            "name has the layer"
-        )
-    if origin.model_fingerprint not in (fingerprint, _NOT_RECORDED):
-        raise ValueError(
-            f"{path} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
-            f"is of others ({origin.model_fingerprint[:16]}): compute it for them, or give the "
-            "file that is theirs"
-        )
-
-
 def _compute(
     config: RunConfig,
     chosen: CorpusConfig,
     outline: EditableModel,
-    files: dict[int, Path],
-    key: str,
+    files: dict[int, Store],
+    begun: tuple[tuple[int, ...], Store],
     fingerprint: str,
 ) -> None:
     """Compute the second moments of some layers and write their files."""
     name = config.model.name
-    layers, parts = _unfinished(next(iter(files.values())).parent, tuple(files), key)
+    layers, parts = begun
     corpus = corpora.prepare(chosen, outline, parts)
     grid = Grid((tuple(range(corpus.chunks)),), _lease_chunks(config.workers, corpus, parts))
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
@@ -174,7 +128,7 @@ def _compute(
         try:
             found = once(write, parts, grid, layer, origin, file, device, settings=settings)
         except UnsolvableError as error:
-            shutil.rmtree(parts.uri)  # More tokens are another corpus; nothing would be used.
+            parts.remove()  # More tokens are another corpus; nothing would be used.
             raise UnsolvableError(
                 f"layer {layer} of {name}, corpus {chosen.corpus}, "
                 f"model.second_moment.tokens={chosen.tokens}: {error}"
@@ -182,21 +136,21 @@ def _compute(
         half = f", half the tokens differ by {100 * found['half']:.2g} %" if "half" in found else ""
         say(
             f"layer {layer}: {found['tokens']:,.0f} tokens, condition number "
-            f"{found['condition_number']:.3g}{half}, {outcome.seconds:.0f} s: {file}"
+            f"{found['condition_number']:.3g}{half}, {outcome.seconds:.0f} s: {file.uri}"
         )
-    shutil.rmtree(parts.uri)
+    parts.remove()
 
 
-def _unfinished(folder: Path, missing: tuple[int, ...], key: str) -> tuple[tuple[int, ...], Store]:
+def _unfinished(folder: Store, missing: tuple[int, ...], key: str) -> tuple[tuple[int, ...], Store]:
     """The layers and the sums of a pass: of one that was stopped and has these, or of a new one.
 
     Of a pass that was stopped while it wrote its files, some layers are there and not missing.
     """
-    for begun in sorted(folder.glob(f"unfinished-*-{key}")):
-        layers = tuple(map(int, begun.name.split("-")[1:-1]))
-        if set(missing) <= set(layers):
-            return layers, Store(begun)
-    return missing, Store(folder / f"unfinished-{'-'.join(map(str, missing))}-{key}")
+    for begun in sorted({name.partition("/")[0] for name in folder.list("unfinished-")}):
+        *layers, its_key = begun.split("-")[1:]
+        if its_key == key and set(missing) <= set(map(int, layers)):
+            return tuple(map(int, layers)), folder.sub(begun)
+    return missing, folder.sub(f"unfinished-{'-'.join(map(str, missing))}-{key}")
 
 
 def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:

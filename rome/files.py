@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and made by one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a file or folder while no other process of this machine does: a lock beside `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".lock-{path.name}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Goes with the process, however that ends.
+        yield
 
 
 def _sync(path: Path) -> None:

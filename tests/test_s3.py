@@ -1,5 +1,6 @@
 """The store, a run and its readers on a real S3 server process."""
 
+import hashlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +19,7 @@ import yaml
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.queue import read_parts
 from cluster.store import Store, StoreError, retry
+from jobs.runs import manifests
 from tests.programs.chaos_faults import FAULTS, Scene, judge
 from tests.programs.chaos_nodes import Nodes, environment
 from tests.programs.chaos_task import Spec, write_records
@@ -123,15 +126,21 @@ def test_records_results_table_and_status_are_all_there(
     model.tokenizer.save_pretrained(tmp_path / "model")
     config = {
         "name": "tiny",
-        "model": {"name": "tiny-gpt2", "source": str(tmp_path / "model"), "dtype": "float32"},
+        "model": {
+            "name": "tiny-gpt2",
+            "source": str(tmp_path / "model"),
+            "dtype": "float32",
+            "second_moment": {"tokens": 2000},
+        },
         "benchmark": f"{root}/records",
-        "editors": {"none": {}},
+        "editors": {"none": {}, "rome": {"layer": 1, "value": {"steps": 2}}},
+        "second_moments": f"{root}/moments",
         "scoring": {"generation": {"max_tokens": 90}},
         "lease_records": 2,
         "workers": {"num_cpus": 1, "workers": 2, "logs": "json"},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    variables = s3 | {"ROME_WORKSPACE": str(tmp_path), "RAY_ADDRESS": nodes.address}
+    variables = s3 | {"ROME_WORKSPACE": str(tmp_path / "own"), "RAY_ADDRESS": nodes.address}
 
     def job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -147,20 +156,61 @@ def test_records_results_table_and_status_are_all_there(
     job("prepare", "everyday", "--out", f"{root}/records", "--limit", "6", "--shard-rows", "4")
     said = job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/run").stderr
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
-    assert any(line.get("run") == "tiny" and "6/6" in line["message"] for line in lines)
+    assert any(line.get("run") == "tiny" and "12/12" in line["message"] for line in lines)
     logs = Path(s3["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
-    leases = [
+    done = [
         json.loads(line)
         for log in logs
         for line in log.read_text().splitlines()
         if '"lease done"' in line
     ]
-    assert sorted(case for lease in leases for case in lease["case_ids"]) == list(range(6))
-    assert {lease["run"] for lease in leases} == {"tiny"}
+    leases = [lease for lease in done if lease["run"] == "tiny"]
+    assert sorted(case for lease in leases for case in lease["case_ids"]) == sorted([*range(6)] * 2)
+    runs = {lease["run"].rpartition("-")[0] or lease["run"] for lease in done}
+    assert runs == {"tiny", f"{root}/moments/tiny-gpt2/unfinished-1"}
     assert "unedited" in job("reduce", f"{root}/run").stdout
-    assert "6 of 6 rows (100.0 %), 0 left" in job("status", f"{root}/run").stdout
+    assert "12 of 12 rows (100.0 %), 0 left" in job("status", f"{root}/run").stdout
     with pytest.MonkeyPatch.context() as patch:
         for key, value in s3.items():
             patch.setenv(key, value)
         rows = pl.read_parquet(f"{root}/run/results/**/*.parquet")
-    assert rows["status"].to_list() == ["ok"] * 6
+        (moment,) = Store(f"{root}/moments").list()  # And nothing of the sums.
+        content = Store(f"{root}/moments").read_bytes(moment)
+    assert rows["status"].to_list() == ["ok"] * 12
+    # The machine's own copy, which all workers mapped.
+    copies = Path(os.environ.get("ROME_CACHE", "~/.cache/rome-bench")).expanduser() / "copies"
+    assert not (tmp_path / "own" / "second_moments").exists()
+    copy = copies / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    assert copy.read_bytes() == content
+    copied = copy.stat().st_mtime_ns
+    job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/again")
+    assert copy.stat().st_mtime_ns == copied
+    copy.unlink()
+
+
+def test_a_machine_downloads_a_file_once_and_checks_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROME_CACHE", str(tmp_path))
+    content = os.urandom(20 << 20)
+    store.write_bytes("moment.safetensors", content)
+    file = store.sub("moment.safetensors").uri
+    known = {"file": file, "sha256": manifests.file_sha256(file)}
+    pieces, downloads = Store.pieces, []
+
+    def counted(self: Store, name: str) -> Iterator[bytes]:
+        if "://" in self.uri:
+            downloads.append(self.uri)
+        return pieces(self, name)
+
+    monkeypatch.setattr(Store, "pieces", counted)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: manifests.at_hand(known, "second moment"), range(4)))
+    assert downloads == [file]
+    assert [path.read_bytes() == content for path in found] == [True] * 4
+
+    store.write_bytes("moment.safetensors", content[:-1])
+    found[0].unlink()
+    with pytest.raises(ValueError, match=r"must be the copy of s3://.* that the run began with"):
+        manifests.at_hand(known, "second moment")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]

@@ -1,12 +1,13 @@
 """Configs: YAML files into dataclasses, every key checked.
 
-A run file names a model (configs/models), a benchmark (configs/benchmarks, or a prepared store) and
-the editors. Settings of an editor come from its dataclass, then from the model's file, then from
-the run's.
+A run file names a model (configs/models) or a list of them, a benchmark (configs/benchmarks, or a
+prepared store) and the editors. Settings of an editor come from its dataclass, then from the
+model's file, then from the run's.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields
@@ -112,6 +113,8 @@ class RunConfig:
     are as large as the weights that they change, for each record."""
     edits: str | None = None
     """A run directory that kept its edits, which are scored instead of new ones."""
+    second_moments: str | None = None
+    """The folder or URI in which second moments are, or are put; null takes the workspace's."""
     token_budget: int | None = None
     """Tokens of a forward pass at most, padding included; null takes what suits the device."""
     lease_records: int | None = None
@@ -172,11 +175,23 @@ class RunConfig:
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's config from its file and `key=value` overrides.
+    """A run's config from its file and `key=value` overrides, of one model.
 
     Keys are dotted, values YAML. Raises ConfigError, naming file and key.
     """
-    data = filled(path, overrides)
+    return _checked(path, filled(path, overrides))
+
+
+def load_each(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[RunConfig]:
+    """The same for each of the models that a file names; overrides are for all of them."""
+    chosen = [_checked(path, data) for data in _filled_each(path, overrides)]
+    names = [config.model.name for config in chosen]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: model must name each model once, got {names}")
+    return chosen
+
+
+def _checked(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
     config: RunConfig = options.validate(RunConfig, data, f"{path}: ")
     if not config.editors:
         raise ConfigError(f"{path}: editors must name at least one editor, such as none or rome")
@@ -193,14 +208,35 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]:
     """Read a config's file and overrides, and put the file of its model in the model's place.
 
-    Raises ConfigError if a file cannot be read or an override has no `=`.
+    Raises ConfigError if a file cannot be read, an override has no `=`, or there are more models.
     """
+    one, *others = _filled_each(path, given)
+    if others:
+        raise ConfigError(
+            f"{path}: model must be one here; runs of jobs.evaluate alone take several. Choose one "
+            "with --set model=NAME"
+        )
+    return one
+
+
+def _filled_each(path: str | os.PathLike[str], given: Sequence[str]) -> list[dict[str, Any]]:
     data = options.read(_own(Path(path)))
     models = [override for override in given if override.partition("=")[0] == "model"]
     data = options.overridden(data, models)
-    if isinstance(data.get("model"), str):
-        data["model"] = options.read(_named(data["model"], "models"))
-    return options.overridden(data, [override for override in given if override not in models])
+    others = [override for override in given if override not in models]
+    chosen = data.get("model")
+    if isinstance(chosen, list):
+        if not chosen:
+            raise ConfigError(f"{path}: model must name a model, or a list of some, got []")
+    else:
+        chosen = [chosen]
+    return [options.overridden(_with_model(data, model), others) for model in chosen]
+
+
+def _with_model(data: dict[str, Any], model: Any) -> dict[str, Any]:
+    if isinstance(model, str):
+        model = options.read(_named(model, "models"))
+    return data if model is None else copy.deepcopy(data | {"model": model})
 
 
 def difference(old: Any, new: Any, key: str = "") -> list[str]:
@@ -226,7 +262,7 @@ def refuse_another(where: str, there: Any, now: Any, what: str) -> None:
 def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the run's manifest keeps it: JSON values, without what changes no result."""
     data = asdict(config)
-    del data["workers"], data["token_budget"], data["keep_edits"]
+    del data["workers"], data["token_budget"], data["keep_edits"], data["second_moments"]
     plain_data: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(data)))
     return plain_data
 

@@ -11,6 +11,8 @@ from typing import Any
 from cluster.lock import RunLock
 from cluster.store import Store
 from jobs.runs import config as configs
+from rome.files import locked, replacing
+from rome.models.files import cache_folder
 
 MANIFEST = "manifest.json"
 _OF_A_RUN = ("name", "records", "editors")
@@ -83,6 +85,28 @@ def unchanged(known: dict[str, str], what: str) -> str:
 
 
 def file_sha256(file: str) -> str:
-    """sha256 of a file's content."""
-    with Path(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """sha256 of the content of a file, which a path or a URI names."""
+    digest = hashlib.sha256()
+    for piece in Store(file).pieces(""):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def at_hand(known: dict[str, str], what: str) -> Path:
+    """A `file` of a manifest on this machine, checked by its `sha256`.
+
+    A file in an object store is downloaded once for all processes of a machine, into the cache; it
+    gets its name there when it is whole. Raises ValueError where the content is another.
+    """
+    store, sha256 = Store(known["file"]), known["sha256"]
+    if store.is_local:
+        return Path(unchanged(known, what))
+    copy = cache_folder() / "copies" / f"{sha256}{Path(known['file']).suffix}"
+    with locked(copy):
+        if not copy.exists():
+            with replacing(copy) as temporary:
+                with temporary.open("wb") as opened:
+                    for piece in store.pieces(""):
+                        opened.write(piece)
+                unchanged({"file": str(temporary), "sha256": sha256}, f"copy of {store.uri},")
+    return copy

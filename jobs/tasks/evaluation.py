@@ -21,7 +21,7 @@ from cluster.worker import describe_error
 from jobs.inputs import corpus
 from jobs.runs.chains import Chain
 from jobs.runs.config import ModelConfig, RunConfig
-from jobs.runs.manifests import unchanged
+from jobs.runs.manifests import at_hand
 from jobs.runs.parts import BATCHES, hive_path, hive_values
 from jobs.tasks import stored_edits
 from jobs.tasks.chains import BATCH_SCHEMA, Chains
@@ -60,7 +60,7 @@ class Evaluation:
     grid: Grid
     templates: tuple[str, ...]
     second_moments: dict[int, dict[str, str]] = field(default_factory=dict)
-    """Layer -> `file`, readable on every node, and its `sha256`."""
+    """Layer -> `file`, a path or a URI that every node can read, and its `sha256`."""
     weights: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name of trained weights -> the same."""
     reversed_prompts: dict[str, str] = field(default_factory=dict)
@@ -270,10 +270,10 @@ class EvaluationTask:
 
     def _solver(self, layer: int) -> Solver:
         known = self.evaluation.second_moments[layer]
-        return second_moment.load_solver(unchanged(known, "second moment"))
+        return second_moment.load_solver(at_hand(known, "second moment"))
 
     def _weights(self, name: str) -> Path:
-        return Path(unchanged(self.evaluation.weights[name], "trained network"))
+        return at_hand(self.evaluation.weights[name], "trained network")
 
     def _editor(self, name: str) -> Editor:
         kind, settings = self.evaluation.config.editor(name)

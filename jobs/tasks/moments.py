@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,21 @@ from cluster.queue import Grid, Lease
 from cluster.store import Store
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig
+from jobs.runs.manifests import file_sha256
 from jobs.tasks.loading import load_model, one_device
-from rome.second_moment import MomentOrigin, SecondMoment, accumulate, save
+from rome.second_moment import (
+    MomentOrigin,
+    SecondMoment,
+    accumulate,
+    import_npz,
+    load,
+    load_factor,
+    save,
+)
+from rome.solver import Solver
 
 GROUP = "parts"
+_NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def _add_packed(lower_KK: Tensor, data: pa.Buffer) -> None:
 
 
 def write(
-    parts: Store, grid: Grid, layer: int, origin: MomentOrigin, file: Path, device: str
+    parts: Store, grid: Grid, layer: int, origin: MomentOrigin, file: Store, device: str
 ) -> dict[str, float]:
     """Merge the sums of a layer and write its file: a worker's work, which holds the matrices.
 
@@ -130,8 +142,20 @@ def write(
         C_KK = (total.sum_KK / total.count).float()
         found["half"] = float((half_KK - C_KK).norm() / C_KK.norm())
         del C_KK, half_KK
-    found["condition_number"] = save(file, total, origin).condition_number()
+    found["condition_number"] = _put(file, total, origin).condition_number()
     return found
+
+
+def _put(file: Store, moment: SecondMoment, origin: MomentOrigin) -> Solver:
+    """Write the file of a second moment, of which a URI gets a copy."""
+    if file.is_local:
+        return save(file.uri, moment, origin)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "moment.safetensors"
+        solver = save(path, moment, origin)
+        with pa.memory_map(str(path)) as mapped:
+            file.write_bytes("", mapped.read_buffer())
+    return solver
 
 
 def _covering(parts: Store, chunks: int) -> list[str]:
@@ -149,3 +173,74 @@ def _covering(parts: Store, chunks: int) -> list[str]:
     if covered != set(range(chunks)):
         raise RuntimeError(f"{parts.uri} lacks chunks {sorted(set(range(chunks)) - covered)}")
     return chosen
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The down-projection of a layer: its name, and the size of its keys."""
+
+    layer: int
+    name: str
+    key_size: int
+
+
+def given(config: ModelConfig, weight: Weight, folder: Store, fingerprint: str) -> tuple[str, bool]:
+    """The file that the config names, checked; what holds no factor is factored into `folder`.
+
+    A worker's work, which holds the matrix. Also says whether the file told of which weights it is.
+    Raises ValueError where it is of another weight, or of other weights, and UnsolvableError.
+    """
+    layer = weight.layer
+    path = Path(str(config.second_moment.file).replace("{layer}", str(layer)))
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; model.second_moment.file must name a second moment of layer "
+            f"{layer}, or be null to compute one from model.second_moment.corpus"
+        )
+    if path.suffix != ".npz" and (found := load_factor(path)):
+        factor_KK, _, origin = found
+        _check(path, factor_KK, config, weight)
+        _check_origin(path, origin, weight.name, fingerprint)
+        return str(path), True
+    digest = file_sha256(str(path))
+    imported = folder.sub(f"layer-{layer}-{digest[:12]}.safetensors")
+    if not imported.exists(""):
+        moment = import_npz(path) if path.suffix == ".npz" else load(path)[0]
+        _check(path, moment.sum_KK, config, weight)
+        origin = MomentOrigin(
+            model=config.name,
+            model_fingerprint=_NOT_RECORDED,
+            layer=layer,
+            weight=weight.name,
+            corpus=path.name,
+            corpus_fingerprint=digest,
+        )
+        _put(imported, moment, origin)
+    return imported.uri, False
+
+
+def _check(path: Path, matrix_KK: Tensor, config: ModelConfig, weight: Weight) -> None:
+    """Raises ValueError where C, or its factor, has not the layer's size, or is not finite."""
+    if (size := len(matrix_KK)) != weight.key_size:
+        raise ValueError(
+            f"{path} must be over the {weight.key_size} key dimensions of layer "
+            f"{weight.layer} of {config.name}, "
+            f"got {size}: it is of another model"
+        )
+    if not matrix_KK.isfinite().all():
+        raise ValueError(f"{path} must be finite, but holds infinities or NaN: compute it again")
+
+
+def _check_origin(path: Path, origin: MomentOrigin, weight: str, fingerprint: str) -> None:
+    """Raises ValueError where a file is of another weight, or of other weights, than the run's."""
+    if origin.weight != weight:
+        raise ValueError(
+            f"{path} must be of {weight}, but is of {origin.weight}; write {{layer}} where its "
+            "name has the layer"
+        )
+    if origin.model_fingerprint not in (fingerprint, _NOT_RECORDED):
+        raise ValueError(
+            f"{path} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
+            f"is of others ({origin.model_fingerprint[:16]}): compute it for them, or give the "
+            "file that is theirs"
+        )
