@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import typer
 
 from cluster.queue import Grid
-from cluster.run import FAILURES, once, run
+from cluster.run import FAILURES, Outcome, once, run
 from cluster.store import Store
 from jobs import cli, second_moment
 from jobs.cli import say
@@ -36,6 +38,7 @@ from jobs.tasks.training import trained
 from rome import models
 from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
+from rome.models import EditableModel
 from rome.paths import ROOT, workspace
 
 # What a manifest says of files, and what they are.
@@ -48,6 +51,37 @@ def evaluate(config: RunConfig, out: str) -> int:
     See `jobs.cli.ended`. Raises ConfigError, LockedError, RunError or ValueError with nothing lost
     that was done.
     """
+    outcome = _rows(config, out)
+    if outcome.done:
+        show(reduce([out]))
+    return cli.ended(outcome, "rows", "case")
+
+
+def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:
+    """The same for several models, one after another: each has a run directory of its name in
+    `out`, and all have one table.
+
+    Nothing begins where the settings do not fit one of the models.
+    """
+    if len(chosen) == 1:
+        return evaluate(chosen[0], out)
+    for config in chosen:
+        _outlined(config)
+    folders, statuses = [], []
+    for config in chosen:
+        folder = Store(out).sub(quote(config.model.name, safe="")).uri
+        say(f"{config.model.name}: {folder}")
+        outcome = _rows(config, folder)
+        folders += [folder] if outcome.done else []
+        statuses.append(cli.ended(outcome, "rows", "case"))
+        if statuses[-1] == cli.STOPPED:
+            break
+    if folders:
+        show(reduce(folders))
+    return max(statuses)  # Stopped, else with dead letters, else done.
+
+
+def _rows(config: RunConfig, out: str) -> Outcome:
     store = Store(out)
     records = record_store(config.benchmark)
     if config.edits:  # Absolute, since a worker's folder is another.
@@ -73,7 +107,7 @@ def evaluate(config: RunConfig, out: str) -> int:
         run=store,
         chains={group: chain for chain in chains for group in groups_of([chain])},
     )
-    outcome = run(
+    return run(
         store.sub("results"),
         [*groups_of(chains), *groups],
         grid,
@@ -83,9 +117,6 @@ def evaluate(config: RunConfig, out: str) -> int:
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
     )
-    if outcome.done:
-        show(reduce([store.uri]))
-    return cli.ended(outcome, "rows", "case")
 
 
 def _groups(config: RunConfig, benchmark: str, grid: Grid) -> tuple[list[str], list[Chain]]:
@@ -141,9 +172,7 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
                     unchanged(known, what)
         return there
     # Refused at once: what is not there or does not fit.
-    weights = _weights(config)
-    outline = models.outline(config.model.source, config.model.name)
-    refuse_what_does_not_fit(config, outline)
+    weights, outline = _outlined(config)
     facts = once(model_facts, config, weights, settings=config.workers)
     sized = _sized(config, facts["model_bytes"])
     files = {}
@@ -170,6 +199,17 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
     return manifests.claim(
         store, manifest, lambda there: manifests.refuse_another(store, there, now)
     )
+
+
+def _outlined(config: RunConfig) -> tuple[dict[str, str], EditableModel]:
+    """The trained weights of a run, and the outline of its model, which its settings fit.
+
+    Raises ConfigError where they do not, or weights are not there.
+    """
+    weights = _weights(config)
+    outline = models.outline(config.model.source, config.model.name)
+    refuse_what_does_not_fit(config, outline)
+    return weights, outline
 
 
 def _weights(config: RunConfig) -> dict[str, str]:
@@ -206,13 +246,16 @@ def main(
         bool, typer.Option("--retry-dead", help="Do dead letters again: workers.retry_dead=true.")
     ] = False,
 ) -> None:
-    """Evaluate every editor of a run over its records; the same line resumes."""
+    """Evaluate every editor of a run over its records; the same line resumes.
+
+    A run of several models has a run directory for each of them in its own.
+    """
     given = [*(overrides or [])]
     given += ["workers.retry_dead=true"] if retry_dead else []
     given += [f"edits={json.dumps(edits)}"] if edits else []
     with cli.errors(*FAILURES):
-        run_config = configs.load(config, given)
-        status = evaluate(run_config, out or str(workspace() / "runs" / run_config.name))
+        chosen = configs.load_each(config, given)
+        status = evaluate_each(chosen, out or str(workspace() / "runs" / chosen[0].name))
     raise typer.Exit(status)
 
 

@@ -71,9 +71,9 @@ def rome(config: RunConfig, name: str = "rome") -> RomeSettings:
 
 @pytest.mark.parametrize("path", RUNS, ids=names)
 def test_every_run_loads(path: Path) -> None:
-    config = configs.load(path)
-    assert config.name == path.stem
-    assert config.benchmark in benchmarks()
+    for config in configs.load_each(path):
+        assert config.name == path.stem
+        assert config.benchmark in benchmarks()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -132,6 +132,35 @@ def test_a_table_has_the_papers_rows_and_slice(
     assert (config.model.name, config.benchmark) == (model, benchmark)
     assert config.records.case_id_below == below
     assert PUBLISHED[benchmark][model].keys() <= config.editors.keys()
+
+
+@pytest.mark.parametrize(
+    ("run", "overrides", "models"),
+    [
+        ("table5", [], ["gpt2-medium", "gpt2-large"]),
+        ("table6", [], ["gpt2-medium", "gpt2-large"]),
+        ("table4-gpt-j", ["model=[gpt2-xl, gpt-j-6b]"], ["gpt2-xl", "gpt-j-6b"]),
+    ],
+)
+def test_a_table_of_several_models_is_one_file(
+    run: str, overrides: list[str], models: list[str]
+) -> None:
+    file = CONFIGS / "runs" / f"{run}.yaml"
+    found = configs.load_each(file, [*overrides, "model.dtype=bfloat16"])
+    assert [config.model.name for config in found] == models
+    assert {config.model.dtype for config in found} == {"bfloat16"}
+    one, other = (config.model.editors["rome"]["layer"] for config in found)
+    assert one != other
+
+
+def test_a_list_of_one_model_is_that_model(run_file: Path) -> None:
+    assert configs.load_each(run_file, ["model=[gpt2-xl]"]) == [configs.load(run_file)]
+    with pytest.raises(ConfigError, match=r"must be one here.*--set model=NAME"):
+        configs.load(run_file, ["model=[gpt2-xl, gpt-j-6b]"])
+    with pytest.raises(ConfigError, match="must name each model once"):
+        configs.load_each(run_file, ["model=[gpt2-xl, gpt2-xl]"])
+    with pytest.raises(ConfigError, match=r"or a list of some, got \[\]"):
+        configs.load_each(run_file, ["model=[]"])
 
 
 @pytest.mark.parametrize(("twin", "full"), [("table1", "table1"), ("table4", "table4-gpt2-xl")])

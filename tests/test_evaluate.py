@@ -252,3 +252,59 @@ def test_another_second_moment_than_the_run_began_with_is_refused(
     status, text = evaluate(copied, out, *limited)
     assert status == 1
     assert "must be the second moment that the run began with" in text
+
+
+@pytest.fixture
+def two_models(workspace: Path, tmp_path: Path) -> str:
+    """What says that a run is of the tiny GPT-2 and of a tiny Llama."""
+    there = yaml.safe_load((workspace / "tiny.yaml").read_text())["model"]
+    llama = tiny.model("llama")
+    llama.hf.save_pretrained(tmp_path / "llama")
+    llama.tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(there))
+    other = there | {"name": "tiny/llama", "source": str(tmp_path / "llama")}
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(other))
+    return f"model=[{tmp_path}/a.yaml, {tmp_path}/b.yaml]"
+
+
+def test_several_models_are_one_run_with_one_table(
+    workspace: Path, tmp_path: Path, two_models: str
+) -> None:
+    out = tmp_path / "run"
+    overrides = [two_models, "records.limit=2", "workers.workers=0", "templates.texts=['{}']"]
+    status, text = evaluate(workspace, out, *overrides)
+    assert status == 0, text
+    assert text.count("NS_plus: NS after") == 1  # Below the one table.
+    folders = {"tiny-gpt2": "tiny-gpt2", "tiny/llama": "tiny%2Fllama"}
+    manifests = [
+        json.loads((out / name / "manifest.json").read_text()) for name in folders.values()
+    ]
+    assert [one["config"]["model"]["name"] for one in manifests] == [*folders]
+    assert manifests[0]["model_fingerprint"] != manifests[1]["model_fingerprint"]
+    frame = pl.read_parquet(out / "*/results/**/*.parquet", hive_partitioning=True)
+    assert frame.group_by("model", "editor").len().sort("model", "editor").rows() == [
+        (model, editor, 2) for model in folders for editor in ("none", "rome")
+    ]
+    parts = {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")}
+    gone = next(path for path in parts if "llama" in str(path))
+    gone.unlink()
+    status, text = evaluate(workspace, out, *overrides)
+    assert status == 0, text
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")}
+    assert {path for path in parts if again[path] != parts[path]} == {gone}
+
+
+def test_what_does_not_fit_one_of_the_models_is_refused_before_the_first_begins(
+    workspace: Path, tmp_path: Path, two_models: str
+) -> None:
+    short = yaml.safe_load((tmp_path / "b.yaml").read_text())
+    settings = json.loads((tmp_path / "llama/config.json").read_text())
+    (tmp_path / "llama/config.json").write_text(
+        json.dumps(settings | {"max_position_embeddings": 80})
+    )
+    status, text = evaluate(workspace, tmp_path / "run", two_models)
+    assert status == 1
+    assert (
+        f"scoring.generation.max_tokens must be at most the 80 positions of {short['name']}" in text
+    )
+    assert not (tmp_path / "run").exists()
