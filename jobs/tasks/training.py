@@ -126,7 +126,9 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
     `source`: the records. Raises ValueError where there are too few examples.
     """
     model = load_model(config.model)
-    examples = _from_records(config, source) if source else _from_passages(config, model, store)
+    examples = (
+        examples_of(source, config.data.skip) if source else _from_passages(config, model, store)
+    )
     random.Random(config.training.seed).shuffle(examples)
     settings = config.network_settings
     network = hypernetwork.build(
@@ -183,7 +185,8 @@ def _row(step: int, since: list[Figures], validated: Figures, seconds: float) ->
     }
 
 
-def _from_records(config: TrainConfig, source: Store) -> list[Example]:
+def examples_of(source: Store, skip: int) -> list[Example]:
+    """The records of a store but for the first so many, as examples."""
     read: list[Record] = []
     for name in source.list(prefix="shard-", suffix=".parquet"):
         read += records.from_table(source.read_table(name))
@@ -193,7 +196,7 @@ def _from_records(config: TrainConfig, source: Store) -> list[Example]:
             record.paraphrase_prompts,
             tuple((prompt, record.neighborhood_true) for prompt in record.neighborhood_prompts),
         )
-        for record in read[config.data.skip :]
+        for record in read[skip:]
     ]
 
 

@@ -24,7 +24,7 @@ from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
-from tests.programs import matrices
+from tests.programs import matrices, trainings
 from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
@@ -166,9 +166,16 @@ def _use(
     return worked / there
 
 
+OTHERS = {
+    "matrices": lambda: [matrices.measure(name) for name in matrices.SIZES],
+    "training": trainings.measure,
+}
+"""Measured by programs of their own, without a bound."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="*", default=["costless", "sleeping", "matrices"])
+    parser.add_argument("what", nargs="*", default=["costless", "sleeping", *OTHERS])
     parser.add_argument("--store", help="a URI instead of a folder")
     options = parser.parse_args()
     failed = False
@@ -176,9 +183,8 @@ def main() -> int:
         if what == "costless":
             found = measure(nodes=1, cpus=2, seconds=0, root=options.store)
             failed |= found["driver_ms_a_record"] > 1e3 * DRIVER_BOUND
-        elif what == "matrices":
-            for name in matrices.SIZES:
-                matrices.measure(name)
+        elif what in OTHERS:
+            OTHERS[what]()
             continue
         else:
             found = measure(nodes=8, cpus=4, seconds=0.1, root=options.store)
