@@ -119,7 +119,7 @@ class Driver:
         for slot in self._slots:
             if now < slot.rests_until:
                 continue
-            if slot.worker is None and self._table.pending:
+            if slot.worker is None and self._table.pending and self._may_boot():
                 slot.worker = self._spawn()
                 slot.calls[slot.worker.boot.remote()] = None
             if slot.node in self._draining:
@@ -133,6 +133,10 @@ class Driver:
                 if not slot.calls:
                     slot.since = now
                 slot.calls[slot.worker.work.remote(lease)] = lease
+
+    def _may_boot(self) -> bool:
+        booting = sum(slot.worker is not None and not slot.ready for slot in self._slots)
+        return booting < (self._settings.boots_at_once or len(self._slots))
 
     def _copy(self, idle: Slot, now: float) -> Lease | None:
         """A lease of a worker that is so slow that an idle one may be done with it before."""

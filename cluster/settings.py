@@ -14,6 +14,7 @@ _BOUNDS = {
     "in_flight": (1, 1000),
     "record_seconds": (0.1, 1e7),
     "boot_seconds": (1, 1e7),
+    "boots_at_once": (1, 100_000),
     "store_seconds": (0, 1e7),
 }
 
@@ -40,6 +41,9 @@ class RunSettings:
     """A worker that takes longer than this times the records of its lease ends itself."""
     boot_seconds: float = 1800
     """A worker that takes longer to build its task ends itself."""
+    boots_at_once: int | None = None
+    """Workers that may build their task at a time, so that a share of checkpoints is not read by
+    all of them together; null: any number."""
     store_seconds: float = 120
     """A run ends when nothing could be written to the store for so long."""
     retry_dead: bool = False

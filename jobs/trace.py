@@ -100,7 +100,7 @@ def _plain(config: TraceConfig) -> dict[str, Any]:
     data = asdict(config)
     for key in ("facts", "workers", "token_budget"):
         del data[key]
-    for key in ("editors", "second_moment"):
+    for key in ("editors", "second_moment", "local_copy"):
         del data["model"][key]
     plain: dict[str, Any] = json.loads(json.dumps(data))
     return plain

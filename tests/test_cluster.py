@@ -20,7 +20,7 @@ from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
 from cluster.progress import Rate
 from cluster.queue import Lease
-from cluster.run import RunError, RunSettings
+from cluster.run import RunError, RunSettings, run
 from cluster.store import Store
 from cluster.worker import Worker
 from tests.support.commands import program
@@ -181,6 +181,25 @@ def test_a_task_that_cannot_be_built_ends_the_run_with_its_error(
     (tmp_path / "log" / "pids").mkdir(parents=True)  # So the task cannot write its file.
     with pytest.raises(RunError, match=r"No worker boots.*IsADirectoryError.*log/pids"):
         drive(tmp_path, RunSettings(workers=1))
+
+
+def test_no_more_workers_boot_at_once_than_may(tmp_path: Path) -> None:
+    class Slow(FakeWork):
+        def task(self) -> FakeTask:
+            with open(self.log / "boots", "a") as file:
+                file.write("begun\n")
+                file.flush()
+                time.sleep(1)
+                file.write("done\n")
+            return super().task()
+
+    log = tmp_path / "log"
+    log.mkdir()
+    settings = RunSettings(workers=3, num_cpus=0.5, boots_at_once=1)
+    store = Store(tmp_path / "results")
+    outcome = run(store, GROUPS, GRID, Slow(log, seconds=0.2), settings)
+    assert outcome.done == 2 * len(GRID)
+    assert (log / "boots").read_text().splitlines() == ["begun", "done"] * 3
 
 
 def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> None:

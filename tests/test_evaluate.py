@@ -136,8 +136,9 @@ def test_same_numbers_whatever_the_workers_leases_and_batches(
 def test_no_workers_do_the_same_in_this_process_without_ray(
     reference: Path, workspace: Path
 ) -> None:
+    """From a copy of the checkpoint, which changes nothing either."""
     out = workspace / "runs" / "here"
-    process = start(workspace, out, "nowhere:1", "workers.workers=0")
+    process = start(workspace, out, "nowhere:1", "workers.workers=0", "model.local_copy=true")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     for one, other in zip(numbers(rows(reference)), numbers(rows(out)), strict=True):

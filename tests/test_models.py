@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from rome import models
-from rome.models import EditableModel, families
+from rome.models import EditableModel, families, files
 from rome.models.families import FAMILIES, UnsupportedModelError
 from tests.support import tiny
 from tests.support.tiny import close
@@ -48,6 +50,47 @@ def test_a_folder_loads_in_the_dtype_that_is_asked_for(family: str, tmp_path: Pa
         text = "Rome is in 1890"
         assert loaded.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
         assert (loaded.fingerprint() == model.fingerprint()) == (dtype == "bfloat16")
+
+
+def test_a_machine_copies_a_checkpoint_once_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROME_CACHE", str(tmp_path / "cache"))
+    model, share = tiny.model("gpt2", "float32"), tmp_path / "share"
+    model.hf.save_pretrained(share)
+    model.tokenizer.save_pretrained(share)
+    (share / "pytorch_model.bin").write_bytes(b"not wanted")
+    copy, copied = files._copy, []
+
+    def slow(file: Path, to: Path) -> None:
+        copied.append(file.name)
+        time.sleep(0.1)
+        copy(file, to)
+
+    monkeypatch.setattr(files, "_copy", slow)
+    with ThreadPoolExecutor(3) as pool:
+        (folder,) = set(pool.map(files.local_copy, [str(share)] * 3))
+    assert len(copied) == len(set(copied))
+    assert {path.name for path in Path(folder).iterdir()} == set(copied)
+    assert set(copied) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert "pytorch_model.bin" not in copied
+    assert models.load(folder, "float32").fingerprint() == model.fingerprint()
+
+    # Other weights of that name are another copy; one that fails leaves nothing.
+    (share / "model.safetensors").touch()
+
+    def full(file: Path, to: Path) -> None:
+        copy(file, to)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files, "_copy", full)
+    with pytest.raises(OSError, match="No space"):
+        files.local_copy(str(share))
+    assert [path for path in (tmp_path / "cache/models").iterdir() if path.is_dir()] == [
+        Path(folder)
+    ]
+    monkeypatch.setattr(files, "_copy", copy)
+    assert files.local_copy(str(share)) != folder
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU that the worker was given, all of them where it was given several, else the
     CPU."""
+    local_copy: bool = False
+    """Copy the checkpoint to each machine's own disk first, into $ROME_CACHE, once for all workers
+    there."""
     second_moment: CorpusConfig = field(default_factory=CorpusConfig)
     editors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Hyperparameters of editors for this model."""
@@ -263,6 +266,7 @@ def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the run's manifest keeps it: JSON values, without what changes no result."""
     data = asdict(config)
     del data["workers"], data["token_budget"], data["keep_edits"], data["second_moments"]
+    del data["model"]["local_copy"]
     plain_data: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(data)))
     return plain_data
 

@@ -8,6 +8,7 @@ from cluster.settings import RunSettings
 from jobs.runs.config import ModelConfig
 from rome import models
 from rome.models import EditableModel, memory
+from rome.models.files import local_copy
 
 
 def token_budget(model: EditableModel, given: int | None, settings: RunSettings) -> int:
@@ -24,7 +25,8 @@ def load_model(config: ModelConfig) -> EditableModel:
     if device == "auto" and torch.cuda.device_count() < 2:
         device = one_device(device)
     models.use_precision(config.dtype)  # This process computes with this model only.
-    return models.load(config.source, config.dtype, device, config.name)
+    source = local_copy(config.source) if config.local_copy else config.source
+    return models.load(source, config.dtype, device, config.name)
 
 
 def one_device(device: str) -> str:

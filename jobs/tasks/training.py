@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from cluster.settings import RunSettings
@@ -149,7 +148,7 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
         layers=config.layers,
         settings=asdict(settings),
         model=config.model.name,
-        model_fingerprint=model.fingerprint(torch.bfloat16),
+        model_fingerprint=model.origin,
         step=0,
     )
     began = time.monotonic() - curve[-1]["seconds"]

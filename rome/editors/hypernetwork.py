@@ -123,7 +123,7 @@ def origin_for(file: Path, model: EditableModel, kind: str) -> NetworkOrigin:
         origin = NetworkOrigin(**json.loads(opened.metadata()["origin"]))
     if origin.kind != kind:
         raise ValueError(f"{file} must be a trained {kind}, but is a {origin.kind}")
-    if origin.model_fingerprint != model.fingerprint(torch.bfloat16):
+    if origin.model_fingerprint != model.origin:
         raise ValueError(
             f"{file} must have been trained for {model.name} with these weights, but was for "
             f"{origin.model} with others; train one for this model"

@@ -167,6 +167,12 @@ class EditableModel:
             digest.update(line.encode())
         return digest.hexdigest()
 
+    @cached_property
+    def origin(self) -> str:
+        """The fingerprint of the weights as they were loaded, rounded to bfloat16: what is trained
+        for a model says that it belongs to it by this. Hashed once."""
+        return self.fingerprint(torch.bfloat16)
+
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Tokens of whole texts. Raises RecordError for one beyond the model's positions."""
         encoded = encode(self.tokenizer, texts)
