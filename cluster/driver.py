@@ -13,8 +13,8 @@ import ray
 
 from cluster.lock import RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import draining_nodes, node_was_lost, workers_that_fit
-from cluster.progress import Progress
+from cluster.nodes import draining_nodes, lacking, node_was_lost, workers_that_fit
+from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
 from cluster.slots import Slot, described, difference, in_one_line
@@ -56,7 +56,7 @@ class Driver:
         self._spawn, self._write_dead_row, self._expect = spawn, write_dead_row, expect
         self._progress, self._metrics = progress, metrics
         self._slots: list[Slot] = []
-        self._looked = 0.0
+        self._looked, self._said_waiting = 0.0, -LOG_SECONDS
         self._draining: set[str] = set()
         self._record_seconds: deque[float] = deque(maxlen=64)
         self._failing_since: float | None = None
@@ -101,11 +101,9 @@ class Driver:
                 )
         self._draining = draining
         fits, wanted = workers_that_fit(self._settings), self._settings.workers
-        if not fits and not self._slots:
-            self._progress.note(
-                f"No node has room for a worker (num_cpus={self._settings.num_cpus:g}, "
-                f"num_gpus={self._settings.num_gpus or 0:g}); waiting for one to join."
-            )
+        if not fits and self._looked - self._said_waiting >= LOG_SECONDS:
+            self._said_waiting = self._looked
+            self._progress.note(f"Waiting for a node to join: {lacking(self._settings)}.")
         # No more than there are leases.
         most = self._table.pending + sum(bool(slot.calls) for slot in self._slots)
         number = max(1, min(fits if wanted == "auto" else wanted, most))

@@ -41,6 +41,25 @@ def workers_that_fit(settings: RunSettings) -> int:
     return fits
 
 
+def lacking(settings: RunSettings) -> str | None:
+    """What a worker needs and no node has, in words; None if one of them has room."""
+    if workers_that_fit(settings):
+        return None
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU"))
+    return (
+        f"a worker takes workers.num_cpus={settings.num_cpus:g} and "
+        f"workers.num_gpus={settings.num_gpus or 0:g}, but of {len(nodes)} nodes none has both: "
+        f"the most are {cpus:g} CPUs and {gpus:g} GPUs"
+    )
+
+
+def started_here() -> bool:
+    """True if this process started its Ray: then no other node will ever join."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
 def draining_nodes() -> set[str]:
     """The nodes that will be taken away soon, such as preempted ones; nothing new starts there."""
     return set(cluster_state.get_draining_nodes())

@@ -52,7 +52,7 @@ class Progress:
         self._bar = (
             rich.progress.Progress(
                 rich.progress.BarColumn(10),
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 console=console,
             )
             if console.is_terminal and json_of is None

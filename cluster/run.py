@@ -20,8 +20,8 @@ from cluster.driver import Driver, RunError
 from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import worker_options, workers_that_fit
-from cluster.progress import Progress
+from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
+from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import Grid, LeaseTable
 from cluster.settings import RunSettings
 from cluster.store import Store
@@ -80,11 +80,20 @@ def ensure_ray(settings: RunSettings) -> None:
 
 
 def joined(settings: RunSettings) -> RunSettings:
-    """Join the cluster as `ensure_ray` does; the settings with what the cluster decides."""
+    """Join the cluster as `ensure_ray` does; the settings with what the cluster decides.
+
+    Raises ValueError where Ray was started here and this machine cannot hold a worker.
+    """
     ensure_ray(settings)
-    if settings.num_gpus is not None:
-        return settings
-    return replace(settings, num_gpus=int(ray.cluster_resources().get("GPU", 0) >= 1))
+    if settings.num_gpus is None:
+        settings = replace(settings, num_gpus=int(ray.cluster_resources().get("GPU", 0) >= 1))
+    if started_here() and (lack := lacking(settings)):
+        raise ValueError(
+            f"{lack}, and no other node joins a Ray that a command starts for itself. Set "
+            "workers.num_gpus=0 to work on CPUs and workers.num_cpus to what there is; or join a "
+            "cluster that has more (RAY_ADDRESS)"
+        )
+    return settings
 
 
 def run(
@@ -185,7 +194,16 @@ def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any
     if settings.workers == 0:
         return function(*args)
     settings = joined(settings)
-    return _answer(ray.remote(function).options(**worker_options(settings)).remote(*args))
+    ref = ray.remote(function).options(**worker_options(settings)).remote(*args)
+    _await(ref, settings)
+    return _answer(ref)
+
+
+def _await(first: Any, settings: RunSettings) -> None:
+    """Wait for a task's first value, and say every ten seconds if no node has room for it."""
+    while not ray.wait([first], timeout=LOG_SECONDS, fetch_local=False)[0]:
+        if lack := lacking(settings):
+            print(f"waiting for a node to join: {lack}", file=sys.stderr, flush=True)
 
 
 def _answer(ref: ray.ObjectRef[Any]) -> Any:
@@ -220,7 +238,9 @@ def _values(
         return iter(function(*args))
     # A retry would yield again from its own start, which Ray takes for what it has seen.
     options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
-    return map(_answer, ray.remote(function).options(**options).remote(*args))
+    values = ray.remote(function).options(**options).remote(*args)
+    _await(values, settings)
+    return map(_answer, values)
 
 
 @contextmanager

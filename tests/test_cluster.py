@@ -20,7 +20,7 @@ from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
 from cluster.progress import Rate
 from cluster.queue import Lease
-from cluster.run import RunError, RunSettings, run
+from cluster.run import RunError, RunSettings, number_of_workers, once, run, stream
 from cluster.store import Store
 from cluster.worker import Worker
 from tests.support.commands import program
@@ -336,3 +336,57 @@ def test_workers_take_a_gpu_where_the_cluster_has_some(
     assert done.stdout == f"{parts}\n", done.stderr
     each = "1" if sees else "0"
     assert f"Each worker has {each} of the cluster's 1 GPUs (workers.num_gpus)." in done.stderr
+
+
+@pytest.mark.parametrize("needs", [{"num_gpus": 1.0}, {"num_cpus": 64.0}])
+def test_a_worker_that_this_machine_cannot_hold_is_refused_at_once(
+    tmp_path: Path, needs: dict[str, float]
+) -> None:
+    settings = RunSettings(**needs)  # type: ignore[arg-type]
+    began = time.monotonic()
+    for begin in (
+        lambda: once(os.getpid, settings=settings),
+        lambda: next(stream(range, 3, settings=settings)),
+        lambda: drive(tmp_path, settings),
+        lambda: number_of_workers(settings),
+    ):
+        with pytest.raises(ValueError, match=r"the most are 4 CPUs and 0 GPUs.*workers.num_gpus=0"):
+            begin()
+    assert time.monotonic() - began < 10
+
+
+ON_A_CLUSTER = """
+import os, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from cluster.run import RunSettings, once
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+os.environ["RAY_ADDRESS"] = cluster.address
+def seven():
+    return 7
+answers = []
+asked = threading.Thread(
+    target=lambda: answers.append(once(seven, settings=RunSettings(num_gpus=1))), daemon=True
+)
+asked.start()
+asked.join(14)
+assert not answers
+cluster.add_node(num_cpus=1, num_gpus=1)
+asked.join(60)
+print(answers, flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_on_a_cluster_a_command_says_what_node_it_waits_for(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_CLUSTER],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        timeout=120,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[7]"], done.stderr
+    assert "waiting for a node to join: a worker takes workers.num_cpus=1" in done.stderr
+    assert "the most are 1 CPUs and 0 GPUs" in done.stderr
