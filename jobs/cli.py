@@ -36,9 +36,10 @@ def say(text: str) -> None:
 
 def print_table(table: RenderableType) -> None:
     """To stdout; in a log or a pipe it is not cut to the width of a terminal."""
-    console = Console()
+    # Names of editors and models are no markup.
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console.width = Console(width=1000).measure(table).maximum
+        console.width = Console(width=1000, markup=False).measure(table).maximum
     console.print(table)
 
 

@@ -30,6 +30,7 @@ from jobs.runs import manifests
 from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
+from jobs.runs.labels import folder
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.tasks import stored_edits
 from jobs.tasks.chains import HELD_OUT
@@ -212,6 +213,14 @@ def _outlined(config: RunConfig) -> tuple[dict[str, str], EditableModel]:
     return weights, outline
 
 
+def _name_of(out: str, given: str) -> str:
+    """A run is called as its folder is, unless it began under another name."""
+    store = Store(out)
+    if store.exists(MANIFEST):
+        return str(manifests.read(store, ("name",)).get("name"))
+    return folder(store.uri).rpartition("/")[2] or given
+
+
 def _weights(config: RunConfig) -> dict[str, str]:
     """The trained weights that the run's editors need: name -> file. Raises ConfigError."""
     editors = [config.editor(name) for name in config.editors if not config.takes_stored(name)]
@@ -236,7 +245,8 @@ app = cli.new_app()
 def main(
     config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
     out: Annotated[
-        str | None, typer.Option(help="Run directory or URI [workspace/runs/NAME].")
+        str | None,
+        typer.Option(help="Run directory or URI, whose last part names the run [runs/NAME]."),
     ] = None,
     overrides: cli.Overrides = None,
     edits: Annotated[
@@ -255,6 +265,9 @@ def main(
     given += [f"edits={json.dumps(edits)}"] if edits else []
     with cli.errors(*FAILURES):
         chosen = configs.load_each(config, given)
+        if out and not any(override.startswith("name=") for override in given):
+            name = _name_of(out, chosen[0].name)
+            chosen = [replace(one, name=name) for one in chosen]
         status = evaluate_each(chosen, out or str(workspace() / "runs" / chosen[0].name))
     raise typer.Exit(status)
 

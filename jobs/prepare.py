@@ -6,7 +6,6 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -76,7 +75,7 @@ def _describe(store: Annotated[str, typer.Argument(help="Folder or URI of a stor
     for item, total, per_relation, per_record in describe(Store(store)):
         means = ("" if mean is None else f"{mean:.1f}" for mean in (per_relation, per_record))
         table.add_row(item, f"{total:,}", *means)
-    Console().print(table)
+    cli.print_table(table)
 
 
 if __name__ == "__main__":

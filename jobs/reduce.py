@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import polars as pl
 import typer
@@ -13,6 +13,7 @@ from cluster.store import Store
 from jobs import cli
 from jobs.output import tables
 from jobs.runs import manifests
+from jobs.runs.labels import differing_notes, run_labels
 from jobs.runs.parts import collect, write_table
 from rome.analysis.summary import summarize
 
@@ -26,21 +27,29 @@ class Format(StrEnum):
     JSON = "json"
 
 
-def reduce(run_dirs: Sequence[str]) -> pl.DataFrame:
+def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
     """The summary of every run directory, one row per editor, in the manifest's order.
 
     Columns: those of `rome.analysis.summary.summarize` and `records`, how many the run is to have;
-    an editor without a row yet has n = 0. Into each directory go its own `summary.parquet`,
-    `table.md` and `table.tex`. A run in progress is summarized as far as it has come.
+    an editor without a row yet has n = 0. Of several runs, `run` is the label that tells them
+    apart. With `write`, `summary.parquet`, `table.md` and `table.tex` of its own go into each
+    directory. A run in progress is summarized as far as it has come.
 
-    Raises ValueError where a path is no run directory, has no results yet, or holds a part that
-    cannot be read: nothing is left out silently.
+    Raises ValueError where a path is no run directory, is given twice, has no results yet, or holds
+    a part that cannot be read: nothing is left out silently.
     """
-    return pl.concat([_reduce_one(Store(run_dir)) for run_dir in run_dirs])
+    runs = manifests.of_runs(run_dirs)
+    frames = {uri: _reduce_one(Store(uri), manifest, write) for uri, manifest in runs.items()}
+    if len(runs) > 1:
+        labels = run_labels(runs)
+        frames = {
+            uri: frame.with_columns(pl.lit(labels[uri]).alias("run"))
+            for uri, frame in frames.items()
+        }
+    return pl.concat(frames.values())
 
 
-def _reduce_one(store: Store) -> pl.DataFrame:
-    manifest = manifests.read(store)
+def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataFrame:
     summary = collect(store, summarize)
     # An editor that the manifest does not know is shown, too.
     editors = dict.fromkeys([*manifest["editors"], *summary["editor"]])
@@ -54,9 +63,10 @@ def _reduce_one(store: Store) -> pl.DataFrame:
         )
         .select(*summary.columns, "records")
     )
-    write_table(store, "summary.parquet", frame)
-    store.write_bytes("table.md", tables.markdown(frame).encode())
-    store.write_bytes("table.tex", tables.latex(frame).encode())
+    if write:
+        write_table(store, "summary.parquet", frame)
+        store.write_bytes("table.md", tables.markdown(frame).encode())
+        store.write_bytes("table.tex", tables.latex(frame).encode())
     return frame
 
 
@@ -68,7 +78,10 @@ def main(
     """Print and write the table of one or more runs, finished or in progress."""
     with cli.errors():
         frame = reduce(run_dirs)
+        notes = differing_notes(manifests.of_runs(run_dirs))
     show(frame, format)
+    for note in notes:
+        typer.echo(note, err=True)
 
 
 def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from scipy.stats import binomtest
 
-from jobs.compare import app
+from jobs.compare import app, probability, read
 from rome.analysis.comparison import compare, health
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
@@ -194,29 +194,71 @@ def test_the_job_compares_the_editors_of_runs(tmp_path: Path) -> None:
     result = invoke(first, second, "--format", "markdown", "--out", out)
     assert result.exit_code == 0, result.stderr
     pairs = pl.read_parquet(out)
+    # Edited minus unedited first, then the better minus the worse.
     assert pairs.select("a", "b").unique(maintain_order=True).rows() == [
-        ("none", "first/rome"),
-        ("none", "second/rome"),
-        ("first/rome", "second/rome"),
+        ("second/rome", "unedited"),
+        ("first/rome", "unedited"),
+        ("second/rome", "first/rome"),
     ]
     assert pairs["metric"].unique(maintain_order=True).to_list() == list(METRICS[1:])
     paraphrase = pairs.row(index=2 * (len(METRICS) - 1) + 2, named=True)
     assert (paraphrase["metric"], paraphrase["n"]) == ("PS", 40)
-    assert paraphrase["difference"] < -20
-    assert paraphrase["high"] < 0
+    assert paraphrase["difference"] > 20
+    assert paraphrase["low"] > 0
     assert paraphrase["p_holm"] < 1e-3
-    assert "| PS | first/rome | second/rome | 40 |" in unpadded(result.stdout)
-    assert "wilcoxon" in result.stdout
-    table = invoke(first, second, "--metric", "ES", "--metric", "PS").stdout
-    lines = [line.split() for line in table.splitlines()]
-    assert [line[:3] for line in lines if line[:1] in (["ES"], ["PS"])] == [
-        [metric, a, b]
-        for a, b in (
-            ("none", "first/rome"),
-            ("none", "second/rome"),
-            ("first/rome", "second/rome"),
-        )
-        for metric in ("ES", "PS")
+    assert "| PS | second/rome | first/rome | 40 |" in unpadded(result.stdout)
+    assert "| < 0.001 | < 0.001 | Wilcoxon |" in unpadded(result.stdout)
+
+
+def test_a_block_a_pair_fits_80_columns_and_no_number_is_cut(tmp_path: Path) -> None:
+    editors = {name: result_rows(40, "same", float(i)) for i, name in enumerate("abcdefghij")}
+    long = {"none": result_rows(40, "same", 0.0), "rome [layer=17, mean]": editors["a"]}
+    run = make_run(tmp_path / "run", long | editors)
+    out = tmp_path / "pairs.parquet"
+    text = invoke(run, "--out", out, COLUMNS=80).stdout
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    assert sum(line.startswith("A: ") for line in lines) == 12 * 11 // 2
+    assert any(line.startswith("A: rome [layer=17, mean]   B: unedited   n: 40") for line in lines)
+    ge = next(line.split() for line in lines if line[1:3] == "GE")
+    assert ge[1:4] == ["6.20", "6.20", "+0.00"]
+    best = pl.read_parquet(out).row(0, named=True)
+    assert lines[0].rstrip() == f"A: {best['a']}   B: unedited   n: 40"
+    assert f"{best['difference']:+.1f}" in next(line for line in lines if line[1:3] == "ES")
+
+
+def test_editors_are_in_the_order_of_the_manifest_and_unedited_is_the_word(tmp_path: Path) -> None:
+    made = {name: result_rows(40, "same", 1.0) for name in ("rome", "none", "ft", "b", "attn")}
+    run = make_run(tmp_path / "run", made)
+    assert read([str(run)])["label"].unique(maintain_order=True).to_list() == [
+        "rome", "unedited", "ft", "b", "attn",
+    ]  # fmt: skip
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_and_none_is_dropped(tmp_path: Path) -> None:
+    weak, strong = result_rows(40, "same", 1.0), result_rows(40, "same", 9.0)
+    other = {"scoring": SCORING, "model": {"dtype": "bfloat16"}}
+    first = make_run(
+        tmp_path / "a" / "run",
+        {"rome": weak},
+        config={"scoring": SCORING, "model": {"dtype": "float32"}},
+    )
+    second = make_run(tmp_path / "b" / "run", {"rome": strong}, config=other)
+    result = invoke(first, second)
+    assert "A: b/run/rome   B: a/run/rome   n: 40" in result.stdout
+    assert "a/run | b/run differ in model.dtype: float32 | bfloat16." in result.stderr
+    twice = invoke(first, f"{first}/")
+    assert twice.exit_code == 1
+    assert "each run directory must be given once" in twice.stderr
+
+
+def test_no_probability_is_0() -> None:
+    assert [probability(p) for p in (0.0, 1e-300, 0.0123, 1.0)] == [
+        "< 0.001",
+        "< 0.001",
+        "0.012",
+        "1",
     ]
 
 

@@ -118,6 +118,8 @@ def test_every_record_has_its_row_under_every_editor(reference: Path, workspace:
     manifest = json.loads((reference / "manifest.json").read_text())
     assert manifest["context_templates"][0] == "{}"
     assert len(manifest["context_templates"]) == 21
+    assert manifest["name"] == "reference"  # As its folder.
+    assert frame["run"].unique().to_list() == ["reference"]
     assert manifest["records"] == 12
     assert "unedited" in (reference / "table.md").read_text()
 

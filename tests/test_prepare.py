@@ -34,6 +34,25 @@ pets,,Felix,cat
 """
 
 
+LONELY = """relation,templates,subject,object
+capital,The capital of {} is|The government of {} sits in,France,Paris
+capital,,Italy,Rome
+"""
+
+
+def test_facts_whose_objects_have_one_subject_each_are_told_what_they_lose(tmp_path: Path) -> None:
+    (tmp_path / "lonely.csv").write_text(LONELY)
+    status, text = command("prepare", tmp_path / "lonely.csv", "--out", tmp_path / "store")
+    assert status == 0
+    said = " ".join(text.split())
+    assert "note: 2 of 2 records have no neighborhood prompts: they have no NS" in said
+    assert "other subjects with the same object" in said
+    assert "paraphrase prompts" not in said
+    (tmp_path / "pets.csv").write_text(CSV)
+    status, text = command("prepare", tmp_path / "pets.csv", "--out", tmp_path / "pets")
+    assert (status, "note:" in text) == (0, False)
+
+
 def row(case_id: int, **rewrite: Any) -> dict[str, Any]:
     return {
         "case_id": case_id,

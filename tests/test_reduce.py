@@ -54,7 +54,7 @@ def test_the_table_of_a_finished_run(tmp_path: Path) -> None:
     assert lines.index(rome) < lines.index(unedited)
     assert float(rome[1]) > float(unedited[1])
     assert rome[-2:] == ["40", "0"]
-    assert rome[8] == "620.0"
+    assert rome[8] == "6.20"  # In bits; LaTeX has the paper's 620.0.
 
 
 def test_the_files_of_a_run(tmp_path: Path) -> None:
@@ -127,6 +127,54 @@ def test_several_runs_in_one_table(tmp_path: Path) -> None:
     ]
     assert "second" not in (first / "table.md").read_text()
     assert pl.read_parquet(second / "summary.parquet")["n"].to_list() == [20, 20]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a" / "demo"), make_run(tmp_path / "b" / "demo")
+    for run, dtype in ((first, "float32"), (second, "bfloat16")):
+        manifest = json.loads((run / "manifest.json").read_text())
+        manifest["config"] = {"name": "demo", "model": {"dtype": dtype}}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+    result = invoke(first, second, "--format", "markdown")
+    lines = [line.split(" | ")[:2] for line in unpadded(result.stdout).splitlines() if "(±" in line]
+    assert lines == [[f"| {run}/demo", editor] for run in "ab" for editor in ("rome", "unedited")]
+    assert "a/demo | b/demo differ in model.dtype: float32 | bfloat16." in result.stderr
+    assert pl.read_parquet(first / "summary.parquet")["run"].unique().to_list() == ["demo"]
+
+
+def test_screens_show_bits_and_latex_the_papers_scale(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo")
+    rows = [row | {"GE": 5.0} for row in result_rows(16, "demo", 9.0)]
+    write_part(run_dir, "rome", rows, "part-00000-000000-000016.parquet")
+    screen = unpadded(invoke(run_dir, "--format", "markdown").stdout)
+    assert "| 5.72 (± 0.18), -7.7 % |" in screen
+    assert "GE in bits with its change against unedited" in screen
+    assert "& 572.0 (18.2) &" in unpadded((run_dir / "table.tex").read_text())
+
+
+def test_a_score_that_no_record_has_is_said(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "demo", records=16, done=0)
+    lonely: dict[str, list[float]] = {"neighborhood_nll_new": [], "neighborhood_nll_true": []}
+    for editor in ("none", "rome"):
+        rows = [row | lonely for row in result_rows(16, "demo", 1.0)]
+        write_part(run_dir, editor, rows, "part-00000-000000-000016.parquet")
+    said = "demo: no NS, and so no S, since its records have no such prompts"
+    assert invoke(run_dir).stderr.count(said) == 1
+    assert said in (run_dir / "table.md").read_text()
+
+
+def test_brackets_in_names_are_no_markup(tmp_path: Path) -> None:
+    run_dir = tmp_path / "demo"
+    run_dir.mkdir()
+    manifest = {"name": "a[/b] [red]run", "records": 16, "editors": ["rome [fast]", "x[/]"]}
+    (run_dir / "manifest.json").write_text(json.dumps(manifest))
+    rows = result_rows(16, manifest["name"], 1.0)  # type: ignore[arg-type]
+    for editor in ("rome%20%5Bfast%5D", "x%5B%2F%5D"):
+        write_part(run_dir, editor, rows, "part-00000-000000-000016.parquet")
+    result = invoke(run_dir)
+    assert result.exit_code == 0, result.output
+    for name in ("a[/b] [red]run", "rome [fast]", "x[/]"):
+        assert name in result.stdout
 
 
 def with_extras(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -68,6 +68,7 @@ def prepare(
     if not content.records:
         raise ValueError(f"{source} holds no valid record")
     records = _separated(content.records, separator)
+    _say_what_cannot_be_scored(records)
     benchmark = sources.benchmarks().get(source)
     location = reference_texts or (benchmark and benchmark.reference_texts)
     texts = sources.reference_texts(location) if location else content.texts
@@ -112,6 +113,25 @@ def _separated(records: Sequence[Record], separator: Separator) -> list[Record]:
             "it out"
         )
     return list(records)
+
+
+# What a record needs for the scores that have no value without.
+_SCORED_BY = {"paraphrase_prompts": "PS", "neighborhood_prompts": "NS"}
+
+
+def _say_what_cannot_be_scored(records: Sequence[Record]) -> None:
+    for prompts, score in _SCORED_BY.items():
+        if lack := sum(not getattr(record, prompts) for record in records):
+            say(
+                f"note: {lack:,} of {len(records):,} records have no {prompts.replace('_', ' ')}: "
+                f"they have no {score}, and a run of none but such records has no S. In a table of "
+                "facts they come from "
+                + (
+                    "a second template of the relation"
+                    if prompts == "paraphrase_prompts"
+                    else "other subjects with the same object"
+                )
+            )
 
 
 def _write(

@@ -7,7 +7,7 @@ table has the metrics that the paper does not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -17,19 +17,31 @@ from rich.console import Group
 from rich.table import Table
 from tabulate import tabulate
 
-from rome.analysis.metrics import METRICS, table_of
+from jobs.runs.labels import UNEDITED
+from rome.analysis.metrics import METRICS, SUCCESSES, table_of
 from rome.paths import CONFIGS
 
-_LABELS = {"none": "unedited"}
 _COUNTS = ("n", "dead")
 _CAPTION = (
-    "All x 100; ± is 1.96 std / sqrt(n) over records. "
+    "{scale}; ± is 1.96 std / sqrt(n) over records. "
     "summary.parquet also has 95 % bootstrap intervals clustered by relation."
 )
-# Without the sign of a zero.
-_VALUE = "{:z.1f}"
 
 Row = dict[str, Any]
+
+
+class _Form(NamedTuple):
+    """How the numbers of a table are written; `{}` takes a half-width, or a change in per cent."""
+
+    half_width: str
+    change: str
+    paper: bool = False
+    """All x 100 as in the paper; else in the units of `Metric.unit`."""
+
+
+_TERMINAL = _Form("\n±{}", "\n{:+z.1f} %")
+_MARKDOWN = _Form(" (± {})", ", {:+z.1f} %")
+_LATEX = _Form(" ({})", "", paper=True)
 
 
 class _Block(NamedTuple):
@@ -46,11 +58,11 @@ def terminal(frame: pl.DataFrame) -> Group:
     for i, block in enumerate(blocks):
         table = Table(box=SIMPLE_HEAD, padding=0)
         table.title = None if i else _title(frame)
-        table.caption = _caption(blocks) if i == len(blocks) - 1 else None
+        table.caption = _caption(blocks, _TERMINAL) if i == len(blocks) - 1 else None
         for place, name in enumerate(_header(names, block)):
             number = place >= len(names)
             table.add_column(name, justify="right" if number else "left", no_wrap=number)
-        for cells in _cells(names, block, "\n±{:.1f}"):
+        for cells in _cells(names, block, _TERMINAL):
             table.add_row(*cells)
         tables.append(table)
     return Group(*tables)
@@ -60,17 +72,17 @@ def markdown(frame: pl.DataFrame) -> str:
     names, blocks = _names(frame), _blocks(frame)
     text = [f"**{_title(frame)}**", ""]
     for block in blocks:
-        text += [pipes(_header(names, block), _cells(names, block, " (± {:.1f})"), len(names)), ""]
-    text += [_caption(blocks), "", *(f"- {note}" for note in notes(frame))]
+        text += [pipes(_header(names, block), _cells(names, block, _MARKDOWN), len(names)), ""]
+    text += [_caption(blocks, _MARKDOWN), "", *(f"- {note}" for note in notes(frame))]
     return "\n".join(text).rstrip() + "\n"
 
 
 def latex(frame: pl.DataFrame) -> str:
     """A `tabular` a table for the package booktabs, half-widths in brackets as in the paper."""
     names, blocks = _names(frame), _blocks(frame)
-    text = [f"% {line}" for line in (_title(frame), _caption(blocks), *notes(frame))]
+    text = [f"% {line}" for line in (_title(frame), _caption(blocks, _LATEX), *notes(frame))]
     for block in blocks:
-        cells = _cells(names, block, " ({:.1f})")
+        cells = _cells(names, block, _LATEX)
         text += [_written("latex_booktabs", _header(names, block), cells, len(names)), ""]
     return "\n".join(text)
 
@@ -90,8 +102,12 @@ def _header(names: Sequence[str], block: _Block) -> list[str]:
     return [*(name.capitalize() for name in names), *block.metrics, *_COUNTS]
 
 
-def _cells(names: list[str], block: _Block, half_width: str) -> list[list[str]]:
-    return [[*_labels(row, names), *_numbers(row, block.metrics, half_width)] for row in block.rows]
+def _cells(names: list[str], block: _Block, form: _Form) -> list[list[str]]:
+    before = {row["run"]: row["GE"] for row in block.rows if _label(row) == UNEDITED}
+    return [
+        [*_labels(row, names), *_numbers(row, block.metrics, before.get(row["run"]), form)]
+        for row in block.rows
+    ]
 
 
 def notes(frame: pl.DataFrame) -> list[str]:
@@ -108,16 +124,23 @@ def notes(frame: pl.DataFrame) -> list[str]:
 
 def _row_notes(row: Row, metrics: Sequence[str]) -> list[str]:
     who, done = f"{row['run']}, {_label(row)}", row["n"] + row["dead"]
-    partial = [
+    some = [
         f"{name} over {row[f'{name}_n']}" for name in metrics if 0 < row[f"{name}_n"] < row["n"]
     ]
+    lost = [name for name in SUCCESSES if name in metrics and row["n"] and not row[f"{name}_n"]]
     found = {
         f"in progress, {done} of {row['records']} records": done < row["records"],
         f"dead letters: {row['dead']}, not in the means": row["dead"],
         f"duplicate rows dropped: {row['duplicates']}": row["duplicates"],
-        f"partial metrics: {', '.join(partial)} of {row['n']} records": partial,
+        f"partial metrics: {', '.join(some)} of {row['n']} records": some,
     }
-    return [f"{who}: {text}." for text, true in found.items() if true]
+    told = [f"{who}: {text}." for text, true in found.items() if true]
+    if lost:
+        told.append(
+            f"{row['run']}: no {' and no '.join(lost)}, and so no S, since its records have no "
+            "such prompts; jobs.prepare says why."
+        )
+    return told
 
 
 def _measured(frame: pl.DataFrame) -> list[_Block]:
@@ -159,10 +182,14 @@ def _published() -> dict[str, Any]:
     return found
 
 
-def _caption(blocks: Sequence[_Block]) -> str:
+def _caption(blocks: Sequence[_Block], form: _Form) -> str:
     shown = [METRICS[name] for block in blocks for name in block.metrics if name in METRICS]
+    in_bits = [name for block in blocks for name in block.metrics if is_in_bits(name)]
+    scale = "All x 100" if form.paper else "In %, magnitudes in points"
+    if in_bits and not form.paper:
+        scale += f", {in_bits[0]} in bits with its change against unedited"
     captions = dict.fromkeys(metric.caption for metric in shown if metric.caption)
-    return _CAPTION + (f" {'; '.join(captions)}." if captions else "")
+    return _CAPTION.format(scale=scale) + (f" {'; '.join(captions)}." if captions else "")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:
@@ -184,16 +211,39 @@ def _labels(row: Row, names: list[str]) -> list[str]:
 
 
 def _label(row: Row) -> str:
-    return _LABELS.get(row["editor"], str(row["editor"]))
+    return UNEDITED if row["editor"] == "none" else str(row["editor"])
 
 
-def _numbers(row: Row, metrics: Sequence[str], half_width: str) -> list[str]:
-    """The cells of the metrics and counts."""
-    cells = [_metric(row[name], row[f"{name}_half_width"], half_width) for name in metrics]
+def _numbers(row: Row, metrics: Sequence[str], before: float | None, form: _Form) -> list[str]:
+    """The cells of the metrics and counts; `before`: GE of the unedited model in the run."""
+    cells = [_metric(row, name, form) for name in metrics]
+    measured = row["n"] is not None and row["GE"] is not None and row["editor"] != "none"
+    if before and measured and "GE" in metrics:
+        cells[metrics.index("GE")] += form.change.format(change(row["GE"], before))
     return cells + ["–" if row[name] is None else str(row[name]) for name in _COUNTS]
 
 
-def _metric(value: float | None, width: float | None, half_width: str) -> str:
+def _metric(row: Row, name: str, form: _Form) -> str:
+    value, width = row[name], row[f"{name}_half_width"]
     if value is None:
         return "–"
-    return _VALUE.format(value) + ("" if width is None else half_width.format(width))
+    written = (lambda number: f"{number:z.1f}") if form.paper else partial(on_screen, name)
+    return written(value) + ("" if width is None else form.half_width.format(written(width)))
+
+
+def on_screen(metric: str, value: float | None, sign: str = "") -> str:
+    """A mean of a summary, which has all x 100, in the metric's own unit; `sign`: + for changes."""
+    if value is None:
+        return "–"
+    if is_in_bits(metric):
+        return f"{value / 100:{sign}z.2f}"
+    return f"{value:{sign}z.1f}"
+
+
+def is_in_bits(metric: str) -> bool:
+    return metric in METRICS and METRICS[metric].unit == "bits"
+
+
+def change(now: float, before: float) -> float:
+    """In per cent of what it was before."""
+    return 100 * (now / before - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,20 @@ def read(
             f"{store.uri}/{MANIFEST} is damaged or of something else: it lacks {lacks}. {way_out}"
         )
     return manifest
+
+
+def of_runs(run_dirs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Address -> manifest of each run directory, in their order.
+
+    Raises ValueError as `read`, and where a directory is given twice.
+    """
+    stores = [Store(run_dir) for run_dir in run_dirs]
+    found = {store.uri.rstrip("/"): read(store) for store in stores}
+    if len(found) < len(stores):
+        raise ValueError(
+            f"each run directory must be given once, got {', '.join(s.uri for s in stores)}"
+        )
+    return found
 
 
 def benchmark(records: Store) -> dict[str, Any]:

@@ -24,12 +24,16 @@ Benchmark = Literal["counterfact", "zsre"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number of a record, from the columns of RESULT_SCHEMA; tables show its mean x 100."""
+    """A number of a record, from the columns of RESULT_SCHEMA; a summary has its mean x 100."""
 
     value: pl.Expr | None
     """Null where the record has no such number. None: a result row has it as a column."""
     benchmark: Benchmark | None = None
     """The benchmark in whose table of the paper it stands; None has a table of its own."""
+    unit: Literal["%", "points", "bits"] = "%"
+    """Of what screens show: of bits they show the mean, of the others the mean x 100."""
+    meaning: str = ""
+    """What it says, in a few words, for the heading of a column and the glossary."""
     caption: str = ""
     """A table's caption says this of it."""
 
@@ -82,32 +86,81 @@ _TRUE_TOKENS = "_tokens: of the target's own tokens, which the released code enc
 _STRICT = "_strict: what is said greedily is the target"
 
 METRICS: dict[str, Metric] = {
-    "ES": Metric(value=success("rewrite", "new", "true"), benchmark="counterfact"),
-    "EM": Metric(value=magnitude("rewrite", "new", "true"), benchmark="counterfact"),
-    "PS": Metric(value=success("paraphrase", "new", "true"), benchmark="counterfact"),
-    "PM": Metric(value=magnitude("paraphrase", "new", "true"), benchmark="counterfact"),
-    "NS": Metric(value=success("neighborhood", "true", "new"), benchmark="counterfact"),
-    "NM": Metric(value=magnitude("neighborhood", "true", "new"), benchmark="counterfact"),
-    "GE": Metric(value=None, benchmark="counterfact"),
-    "RS": Metric(value=None, benchmark="counterfact"),
-    "efficacy": Metric(value=likeliest_share("rewrite"), benchmark="zsre"),
-    "paraphrase": Metric(value=likeliest_share("paraphrase"), benchmark="zsre"),
-    "specificity": Metric(value=likeliest_share("neighborhood"), benchmark="zsre"),
-    "efficacy_tokens": Metric(value=likeliest_share("rewrite", _TOKENS), caption=_TRUE_TOKENS),
-    "paraphrase_tokens": Metric(value=likeliest_share("paraphrase", _TOKENS), caption=_TRUE_TOKENS),
-    "specificity_tokens": Metric(
-        value=likeliest_share("neighborhood", _TOKENS), caption=_TRUE_TOKENS
+    "ES": Metric(
+        value=success("rewrite", "new", "true"),
+        benchmark="counterfact",
+        meaning="says the new fact",
     ),
-    "ES_strict": Metric(value=said("rewrite"), caption=_STRICT),
-    "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT),
-    "NS_strict": Metric(value=said("neighborhood"), caption=_STRICT),
+    "EM": Metric(
+        value=magnitude("rewrite", "new", "true"),
+        benchmark="counterfact",
+        unit="points",
+        meaning="p(new) - p(true)",
+    ),
+    "PS": Metric(
+        value=success("paraphrase", "new", "true"),
+        benchmark="counterfact",
+        meaning="... when paraphrased",
+    ),
+    "PM": Metric(
+        value=magnitude("paraphrase", "new", "true"),
+        benchmark="counterfact",
+        unit="points",
+        meaning="p(new) - p(true), paraphrased",
+    ),
+    "NS": Metric(
+        value=success("neighborhood", "true", "new"),
+        benchmark="counterfact",
+        meaning="neighbours still true",
+    ),
+    "NM": Metric(
+        value=magnitude("neighborhood", "true", "new"),
+        benchmark="counterfact",
+        unit="points",
+        meaning="p(true) - p(new), neighbours",
+    ),
+    "GE": Metric(value=None, benchmark="counterfact", unit="bits", meaning="entropy of its texts"),
+    "RS": Metric(value=None, benchmark="counterfact", meaning="texts like those of the object"),
+    "efficacy": Metric(
+        value=likeliest_share("rewrite"), benchmark="zsre", meaning="tokens of the answer right"
+    ),
+    "paraphrase": Metric(
+        value=likeliest_share("paraphrase"), benchmark="zsre", meaning="... when paraphrased"
+    ),
+    "specificity": Metric(
+        value=likeliest_share("neighborhood"), benchmark="zsre", meaning="unrelated answers right"
+    ),
+    "efficacy_tokens": Metric(
+        value=likeliest_share("rewrite", _TOKENS),
+        caption=_TRUE_TOKENS,
+        meaning="the target's own tokens right",
+    ),
+    "paraphrase_tokens": Metric(
+        value=likeliest_share("paraphrase", _TOKENS),
+        caption=_TRUE_TOKENS,
+        meaning="... when paraphrased",
+    ),
+    "specificity_tokens": Metric(
+        value=likeliest_share("neighborhood", _TOKENS),
+        caption=_TRUE_TOKENS,
+        meaning="... of unrelated answers",
+    ),
+    "ES_strict": Metric(
+        value=said("rewrite"), caption=_STRICT, meaning="what is said is the new object"
+    ),
+    "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT, meaning="... when paraphrased"),
+    "NS_strict": Metric(
+        value=said("neighborhood"), caption=_STRICT, meaning="neighbours say the true object"
+    ),
     "NS_plus": Metric(
         value=success("neighborhood_plus", "true", "new"),
         caption="NS_plus: NS after the edited sentence",
+        meaning="neighbours after the edited sentence",
     ),
     "RVS": Metric(
         value=success("reversed", "new", "true"),
         caption="RVS: the reversed fact is likelier with the new object",
+        meaning="the reversed fact is known",
     ),
 }
 """By name, in the order of tables."""
