@@ -231,8 +231,8 @@ def _weights(config: RunConfig) -> dict[str, str]:
 def _code() -> dict[str, str]:
     """Versions, and a hash of the project's own files: which code made a run, also without git."""
     digest = hashlib.sha256()
-    for folder in ("rome", "cluster", "jobs"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for package in ("rome", "cluster", "jobs"):
+        for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(path.read_bytes())
     names = ("rome-bench", "torch", "transformers", "ray")
     return {name: version(name) for name in names} | {"source": digest.hexdigest()}

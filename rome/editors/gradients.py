@@ -147,8 +147,11 @@ class Gradient:
     factors: Mapping[str, Factors]
 
 
-def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> list[Gradient]:
-    """The factors of d NLL / d W of every row, each of them as if it were alone."""
+def at_tokens(
+    model: EditableModel, weights: Sequence[str], rows: Rows
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The loss of every row [B], each as if it were alone; and by weight, at every token, padding
+    included, its input x [B, T, K] and the loss's gradient by its output [B, T, D]."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -163,12 +166,21 @@ def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> list[
     with torch.enable_grad(), hooked(*handles):
         loss_E, _ = target_nll(model, last_hidden(model, rows), rows)
         deltas = torch.autograd.grad(loss_E.sum(), [seen[name][1] for name in weights])
+    found = {
+        name: (seen[name][0].to(loss_E), delta_ETD.to(loss_E))
+        for name, delta_ETD in zip(weights, deltas, strict=True)
+    }
+    return loss_E.detach(), found
+
+
+def gradients(model: EditableModel, weights: Sequence[str], rows: Rows) -> list[Gradient]:
+    """The factors of d NLL / d W of every row, each of them as if it were alone."""
+    loss_E, factors_of = at_tokens(model, weights, rows)
     found: list[dict[str, Factors]] = [{} for _ in rows.texts]
-    for name, gradient_ETD in zip(weights, deltas, strict=True):
-        x_ETK, delta_ETD = seen[name][0].to(loss_E), gradient_ETD.to(loss_E)
+    for name, (x_ETK, delta_ETD) in factors_of.items():
         mask_ET = (x_ETK != 0).any(2) & (delta_ETD != 0).any(2)
         counts = mask_ET.sum(1).tolist()
         parts = zip(x_ETK[mask_ET].split(counts), delta_ETD[mask_ET].split(counts), strict=True)
         for factors, (x_NK, delta_ND) in zip(found, parts, strict=True):
             factors[name] = Factors(x_NK, delta_ND)
-    return [Gradient(*one) for one in zip(rows.texts, loss_E.detach(), found, strict=True)]
+    return [Gradient(*one) for one in zip(rows.texts, loss_E, found, strict=True)]

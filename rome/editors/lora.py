@@ -90,7 +90,8 @@ class Lora:
         lengths = [len(text.ids) for text in texts]
 
         def backward(part: Sequence[Text]) -> list[float]:
-            rows = gradients.observe(self.model, 0, part)
+            observed = gradients.observe(self.model, 0, part)
+            rows = gradients.side_by_side(self.model, 0, observed)
             nll_B, _ = gradients.target_nll(
                 self.model, gradients.last_hidden(self.model, rows), rows
             )

@@ -161,18 +161,20 @@ class UltraEdit:
 
     def _rows(self, texts: Sequence[Text]) -> list[tuple[list[Tensor], float]]:
         """Each text's rows [N, F] for each weight, float64, and its loss."""
-        observed = gradients.observe(self.model, self.settings.layers[0], texts)
-        found = gradients.gradients(self.model, self.weights, observed)
-        at_ET = observed.label_weights_BT > 0
+        first = self.settings.layers[0]
+        observed = gradients.observe(self.model, first, texts)
+        batch = gradients.side_by_side(self.model, first, observed)
+        loss_E, factors = gradients.at_tokens(self.model, self.weights, batch)
+        at_ET = batch.label_weights_BT > 0
         # The loss is a mean over a target's tokens.
         tokens_E = at_ET.sum(1)
         rows = []
-        for e, loss in enumerate(found.loss_E.tolist()):
+        for e, loss in enumerate(loss_E.tolist()):
             of_weights = []
             for name in self.weights:
-                factors = found.factors[name]
-                gradient_ND = factors.delta_ETD[e, at_ET[e]] * tokens_E[e]
-                both_NF = torch.cat([factors.x_ETK[e, at_ET[e]], gradient_ND], dim=1)
+                x_ETK, delta_ETD = factors[name]
+                gradient_ND = delta_ETD[e, at_ET[e]] * tokens_E[e]
+                both_NF = torch.cat([x_ETK[e, at_ET[e]], gradient_ND], dim=1)
                 of_weights.append(both_NF.double())
             rows.append((of_weights, loss))
         return rows
