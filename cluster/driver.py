@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import ray
-
+from cluster.crew import Crew, Lost
 from cluster.lock import RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import draining_nodes, lacking, node_was_lost, workers_that_fit
 from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
-from cluster.slots import Slot, described, difference, in_one_line
+from cluster.slots import Slot, described, difference
 from cluster.store import retry
 from cluster.worker import Booted, Report
 
@@ -33,6 +30,9 @@ REST_SECONDS = 30.0
 """Longest pause of a worker that could not write before it tries again."""
 
 
+_T = TypeVar("_T")
+
+
 class RunError(RuntimeError):
     """The run cannot go on. What is done is in the store; the same command resumes."""
 
@@ -45,15 +45,16 @@ class Driver:
         table: LeaseTable,
         grid: Grid,
         settings: RunSettings,
-        spawn: Callable[[], Any],
+        crew: Crew,
         write_dead_row: Callable[[Lease, str], object],
         expect: dict[str, Any] | None,
         progress: Progress,
         metrics: Metrics,
     ) -> None:
-        """spawn: makes a worker. write_dead_row: commits the dead row of a lease with its error."""
+        """write_dead_row: commits the dead row of a lease with its error."""
         self._table, self._grid, self._settings = table, grid, settings
-        self._spawn, self._write_dead_row, self._expect = spawn, write_dead_row, expect
+        self._crew, self._clock = crew, crew.clock
+        self._write_dead_row, self._expect = write_dead_row, expect
         self._progress, self._metrics = progress, metrics
         self._slots: list[Slot] = []
         self._looked, self._said_waiting = 0.0, -LOG_SECONDS
@@ -69,7 +70,7 @@ class Driver:
                 if lock.taken_by is not None:
                     raise RunError(f"Another driver took the run directory over: {lock.taken_by}.")
                 if stop.is_set() and deadline is None:
-                    deadline = time.monotonic() + STOP_SECONDS
+                    deadline = self._clock.now() + STOP_SECONDS
                     self._progress.note(
                         f"Stopping: leases in flight have {STOP_SECONDS:g} s; "
                         "a second signal drops them. The same command resumes."
@@ -77,7 +78,7 @@ class Driver:
                 if deadline is None:
                     self._look()
                     self._fill()
-                elif not self._working() or time.monotonic() > deadline:
+                elif not self._working() or self._clock.now() > deadline:
                     return True
                 self._wait()
                 self._expire()
@@ -89,10 +90,10 @@ class Driver:
 
     def _look(self) -> None:
         """Look at the nodes: those that are there, those about to leave; add slots for new ones."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if self._clock.now() - self._looked < LOOK_SECONDS:
             return
-        self._looked = time.monotonic()
-        draining = draining_nodes()
+        self._looked = self._clock.now()
+        draining = self._crew.draining()
         for node in draining - self._draining:
             if workers := sum(slot.node == node for slot in self._slots):
                 self._progress.note(
@@ -100,26 +101,26 @@ class Driver:
                     "and move to other nodes."
                 )
         self._draining = draining
-        fits, wanted = workers_that_fit(self._settings), self._settings.workers
+        fits, wanted = self._crew.fits(), self._settings.workers
         if not fits and self._looked - self._said_waiting >= LOG_SECONDS:
             self._said_waiting = self._looked
-            self._progress.note(f"Waiting for a node to join: {lacking(self._settings)}.")
+            self._progress.note(f"Waiting for a node to join: {self._crew.lacking()}.")
         # No more than there are leases.
         most = self._table.pending + sum(bool(slot.calls) for slot in self._slots)
         number = max(1, min(fits if wanted == "auto" else wanted, most))
-        self._slots += [Slot(str(name)) for name in range(len(self._slots), number)]
+        self._slots += [Slot(str(name), self._crew) for name in range(len(self._slots), number)]
 
     def _fill(self) -> None:
         """Replace dead workers while there is work for them, and hand out leases."""
-        now = time.monotonic()
+        now = self._clock.now()
         # The last leases go round one by one, so that nobody hoards while others idle.
         depth = self._settings.in_flight if self._table.pending > len(self._slots) else 1
         for slot in self._slots:
             if now < slot.rests_until:
                 continue
             if slot.worker is None and self._table.pending and self._may_boot():
-                slot.worker = self._spawn()
-                slot.calls[slot.worker.boot.remote()] = None
+                slot.worker, boot = self._crew.start()
+                slot.calls[boot] = None
             if slot.node in self._draining:
                 if not slot.calls:
                     slot.end()
@@ -130,7 +131,7 @@ class Driver:
                     break
                 if not slot.calls:
                     slot.since = now
-                slot.calls[slot.worker.work.remote(lease)] = lease
+                slot.calls[self._crew.work(slot.worker, lease)] = lease
 
     def _may_boot(self) -> bool:
         booting = sum(slot.worker is not None and not slot.ready for slot in self._slots)
@@ -155,44 +156,37 @@ class Driver:
 
     def _wait(self) -> None:
         """Handle the answers that are there, or the next one if it comes within half a second."""
-        slots = {ref: slot for slot in self._slots for ref in slot.calls}
+        slots = {call: slot for slot in self._slots for call in slot.calls}
         if not slots:
-            time.sleep(0.1)
+            self._clock.sleep(0.1)
             return
-        refs = list(slots)
-        if not (there := ray.wait(refs, num_returns=len(refs), timeout=0)[0]):
-            there = ray.wait(refs, timeout=0.5)[0]
-        for ref in there:
-            if ref in slots[ref].calls:  # One before it may have ended the worker.
-                self._handle(slots[ref], ref)
+        for call, answer in self._crew.answers(slots, 0.5):
+            if call in slots[call].calls:  # One before it may have ended the worker.
+                self._handle(slots[call], call, answer)
 
-    def _handle(self, slot: Slot, ref: ray.ObjectRef[Any]) -> None:
-        try:
-            answer: Booted | Report = ray.get(ref)
-        # Not only RayActorError: OutOfMemoryError is none, and an answer may fail to unpickle.
-        except Exception as error:
-            self._lose(slot, in_one_line(error), node_was_lost(error))
-            return
-        if isinstance(answer, Booted):
-            self._booted(slot, ref, answer)
+    def _handle(self, slot: Slot, call: Any, answer: Booted | Report | Lost) -> None:
+        if isinstance(answer, Lost):
+            self._lose(slot, answer.error, answer.node)
+        elif isinstance(answer, Booted):
+            self._booted(slot, call, answer)
         elif answer.blame == "worker":
             self._lose(slot, answer.failure or "")
         else:
-            self._reported(slot, ref, answer)
+            self._reported(slot, call, answer)
 
-    def _booted(self, slot: Slot, ref: ray.ObjectRef[Any], answer: Booted) -> None:
+    def _booted(self, slot: Slot, call: Any, answer: Booted) -> None:
         if answer.failure is not None:
             self._lose(slot, answer.failure)
             return
         if self._expect is not None and answer.facts != self._expect:
             raise RunError(difference(self._expect, answer.facts))
-        del slot.calls[ref]
+        del slot.calls[call]
         slot.ready, slot.failures, slot.node = True, 0, answer.node
         self._metrics.stages({"boot": answer.seconds})
 
-    def _reported(self, slot: Slot, ref: ray.ObjectRef[Any], report: Report) -> None:
-        lease, began = slot.calls.pop(ref), slot.since
-        slot.since = time.monotonic()
+    def _reported(self, slot: Slot, call: Any, report: Report) -> None:
+        lease, began = slot.calls.pop(call), slot.since
+        slot.since = self._clock.now()
         assert lease is not None
         if report.failure is None:
             self._record_seconds.append((slot.since - began) / self._grid.size(lease))
@@ -209,7 +203,7 @@ class Driver:
     def _store_failed(self, slot: Slot, lease: Lease, error: str) -> None:
         """Nobody's lease is to blame: wait for the store, but not for ever."""
         self._table.give_back(slot.name, lease)
-        now, limit = time.monotonic(), self._settings.store_seconds
+        now, limit = self._clock.now(), self._settings.store_seconds
         if self._failing_since is None:
             self._failing_since = now
             self._note(f"The store fails; trying for {limit:g} s: {error}", lease)
@@ -223,7 +217,7 @@ class Driver:
     def _lose(self, slot: Slot, error: str, node_lost: bool = False) -> None:
         """A worker is dead or must be: give its leases back and see that it is replaced."""
         oldest, was_ready = slot.oldest, slot.ready
-        seconds = time.monotonic() - slot.since
+        seconds = self._clock.now() - slot.since
         slot.end()
         self._metrics.lost()
         if not was_ready:
@@ -236,7 +230,7 @@ class Driver:
             error = f"no result within {self._limit(oldest):g} s; {error}"
         during = described(self._grid, oldest) if oldest else "nothing"
         self._note(f"Worker {slot.name} ended during {during}: {error}", oldest)
-        lost = retry(lambda: self._table.lose(slot.name, node_lost), self._settings.store_seconds)
+        lost = self._retry(lambda: self._table.lose(slot.name, node_lost))
         self._settle(lost, error, oldest)
 
     def _settle(self, exhausted: Lease | None, error: str, failed: Lease | None) -> None:
@@ -245,10 +239,13 @@ class Driver:
             if failed is not None:
                 self._metrics.retried(failed.rows)
             return
-        retry(lambda: self._write_dead_row(exhausted, error), self._settings.store_seconds)
+        self._retry(lambda: self._write_dead_row(exhausted, error))
         errors = dict.fromkeys(self._grid.ids(exhausted), error)
         self._table.complete("", exhausted, errors)
         self._metrics.finished(exhausted.rows, exhausted.rows, 0)
+
+    def _retry(self, call: Callable[[], _T]) -> _T:
+        return retry(call, self._settings.store_seconds, self._clock)
 
     def _limit(self, lease: Lease) -> float:
         return self._settings.record_seconds * self._grid.size(lease)
@@ -257,7 +254,7 @@ class Driver:
         """End workers whose oldest lease is long overdue, which their own watchdog missed."""
         for slot in self._slots:
             oldest = slot.oldest
-            if oldest and time.monotonic() - slot.since > 2 * self._limit(oldest) + 60:
+            if oldest and self._clock.now() - slot.since > 2 * self._limit(oldest) + 60:
                 self._lose(slot, "the worker did not end itself")
 
     def _note(self, text: str, lease: Lease | None) -> None:

@@ -14,12 +14,11 @@ import os
 import shlex
 import socket
 import sys
-import threading
-import time
 import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+from cluster.clock import REAL, Clock
 from cluster.store import Store
 
 LOCK_NAME = "_driver.json"
@@ -37,8 +36,8 @@ class RunLock:
     Raises LockedError naming the holder while it lives.
     """
 
-    def __init__(self, store: Store, beat: float = 2.0) -> None:
-        self._store, self._beat = store, beat
+    def __init__(self, store: Store, beat: float = 2.0, clock: Clock = REAL) -> None:
+        self._store, self._beat, self._clock = store, beat, clock
         self._holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -46,8 +45,7 @@ class RunLock:
             "command": shlex.join(sys.argv),
             "token": uuid.uuid4().hex,
         }
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+        self._count = 0
         self.taken_by: str | None = None
         """Who took the lock away from this driver, which must then stop."""
 
@@ -56,30 +54,29 @@ class RunLock:
             self._refuse(other)
         self._write(0)
         # Of two drivers that come at once, the last to write wins, and the first must see it.
-        time.sleep(self._beat / 6)
+        self._clock.sleep(self._beat / 6)
         if (other := self._read()) is not None and other["token"] != self._holder["token"]:
             self._refuse(other)
-        self._thread.start()
+        self._end = self._clock.every(self._beat, self._keep)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._end()
         if self.taken_by is None:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # A lock left behind is that of a dead driver.
                 self._store.delete(LOCK_NAME)
 
-    def _keep(self) -> None:
-        count = 0
-        while not self._stop.wait(self._beat):
-            count += 1
-            # A store that is out of reach for a while must not end the driver.
-            with contextlib.suppress(OSError):
-                other = self._read()
-                if other is not None and other["token"] != self._holder["token"]:
-                    self.taken_by = _name(other)
-                    return
-                self._write(count)
+    def _keep(self) -> bool:
+        """Rewrite the lock; False if another driver has taken it."""
+        self._count += 1
+        # A store that is out of reach for a while must not end the driver.
+        with contextlib.suppress(OSError):
+            other = self._read()
+            if other is not None and other["token"] != self._holder["token"]:
+                self.taken_by = _name(other)
+                return False
+            self._write(self._count)
+        return True
 
     def _write(self, count: int) -> None:
         text = json.dumps({**self._holder, "beat": count}, indent=1)
@@ -102,9 +99,9 @@ class RunLock:
     def _lives(self, other: dict[str, Any]) -> bool:
         if other["host"] == self._holder["host"] and not _process_exists(other["pid"]):
             return False
-        deadline = time.monotonic() + 4 * self._beat
-        while time.monotonic() < deadline:
-            time.sleep(self._beat / 6)
+        deadline = self._clock.now() + 4 * self._beat
+        while self._clock.now() < deadline:
+            self._clock.sleep(self._beat / 6)
             now = self._read()
             if now is None:
                 return False

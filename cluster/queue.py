@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from cluster.store import DamagedError, Store
@@ -117,12 +116,13 @@ def read_parts(store: Store, names: Sequence[str]) -> Found:
 
     Raises ValueError naming the file where a part has no case ids.
     """
-
-    def read(name: str) -> list[tuple[int, str | None]] | None:
-        try:
-            table = store.read_table(name, ("case_id", "error"))
-        except DamagedError:
-            return None
+    found: dict[Key, str | None] = {}
+    rows = 0
+    damaged = []
+    for name, table in zip(names, store.read_tables(names, ("case_id", "error")), strict=True):
+        if isinstance(table, DamagedError):
+            damaged.append(name)
+            continue
         if "case_id" not in table.column_names:
             raise ValueError(
                 f"{store.uri}/{name} has no column case_id: it is not a part of a run. "
@@ -130,21 +130,11 @@ def read_parts(store: Store, names: Sequence[str]) -> Found:
             )
         ids = table["case_id"].to_pylist()
         errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(ids)
-        return list(zip(ids, errors, strict=True))
-
-    found: dict[Key, str | None] = {}
-    rows = 0
-    damaged = []
-    with ThreadPoolExecutor(16) as pool:
-        for name, part in zip(names, pool.map(read, names), strict=True):
-            if part is None:
-                damaged.append(name)
-                continue
-            group = name.rpartition("/")[0]
-            rows += len(part)
-            for case_id, error in part:
-                if error is None or (group, case_id) not in found:
-                    found[group, case_id] = error
+        group = name.rpartition("/")[0]
+        rows += len(ids)
+        for case_id, error in zip(ids, errors, strict=True):
+            if error is None or (group, case_id) not in found:
+                found[group, case_id] = error
     return Found(found, rows - len(found), damaged)
 
 
@@ -291,7 +281,7 @@ class LeaseTable:
 
     def _committed(self, lease: Lease) -> bool:
         """True if the store has every row of a lease: in its own part or in parts of one."""
-        names = {one.part for one in (lease, *lease.singles())}
+        names = dict.fromkeys(one.part for one in (lease, *lease.singles()))
         self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
         return self._is_done(lease)
 

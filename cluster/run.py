@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +15,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.clock import REAL, Clock
+from cluster.crew import RayCrew
 from cluster.driver import Driver, RunError
 from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
 from cluster.progress import LOG_SECONDS, Progress
-from cluster.queue import Grid, LeaseTable
+from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.worker import Work, Worker
@@ -117,8 +118,50 @@ def run(
     """
     name = name or store.uri
     settings = settings or RunSettings()
-    started = time.monotonic()
-    with RunLock(store) as lock:
+
+    def drive(table: LeaseTable, lock: RunLock) -> bool:
+        now = joined(settings) if settings.workers else settings
+        json_of = name if settings.logs == "json" else None
+        shown = Progress(table.total, len(table.done), json_of)
+        if now.workers and now.num_gpus and gpu_rows:
+            table.queue(_rows_on_gpus(table, grid, now, gpu_rows))
+        with _stop_signals() as stop, shown as progress:
+            if now.workers == 0:
+                return drive_here(table, grid, store, work, expect, stop, progress)
+            if gpus := ray.cluster_resources().get("GPU", 0):
+                progress.note(
+                    f"Each worker has {now.num_gpus:g} of the cluster's {gpus:g} GPUs "
+                    "(workers.num_gpus)."
+                )
+            actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
+            crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name))
+            write, metrics = dead_rows(store, work), Metrics(name)
+            driver = Driver(table, grid, now, crew, write, expect, progress, metrics)
+            return driver.drive(stop, lock)
+
+    return finish(store, groups, grid, settings, drive)
+
+
+def dead_rows(store: Store, work: Work) -> Callable[[Lease, str], object]:
+    """What commits the row of a dead letter."""
+    return lambda lease, error: store.write_table(lease.part, work.dead_row(lease, error))
+
+
+def finish(
+    store: Store,
+    groups: Sequence[str],
+    grid: Grid,
+    settings: RunSettings,
+    drive: Callable[[LeaseTable, RunLock], bool],
+    clock: Clock = REAL,
+) -> Outcome:
+    """Have `drive` do what no part holds, under the lock of the run directory.
+
+    `drive` says whether it was stopped; it is not called where nothing is left to do. Raises what
+    `run` raises.
+    """
+    started = clock.now()
+    with RunLock(store, clock=clock) as lock:
         table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead)
         for part in table.set_aside:
             print(
@@ -126,37 +169,8 @@ def run(
                 file=sys.stderr,
             )
         stopped = False
-        unfinished = not table.finished
-        if unfinished and settings.workers == 0:
-            with _stop_signals() as stop, Progress(table.total, len(table.done)) as progress:
-                stopped = drive_here(table, grid, store, work, expect, stop, progress)
-        elif unfinished:
-            settings = joined(settings)
-            if settings.num_gpus and gpu_rows:
-                table.queue(_rows_on_gpus(table, grid, settings, gpu_rows))
-            json_of = name if settings.logs == "json" else None
-            shown = Progress(table.total, len(table.done), json_of)
-            with _stop_signals() as stop, shown as progress:
-                if gpus := ray.cluster_resources().get("GPU", 0):
-                    progress.note(
-                        f"Each worker has {settings.num_gpus:g} of the cluster's {gpus:g} GPUs "
-                        "(workers.num_gpus)."
-                    )
-                actor = ray.remote(Worker).options(max_restarts=0, **worker_options(settings))
-                driver = Driver(
-                    table,
-                    grid,
-                    settings,
-                    spawn=lambda: actor.remote(work, store, grid, settings, name),
-                    write_dead_row=lambda lease, error: store.write_table(
-                        lease.part, work.dead_row(lease, error)
-                    ),
-                    expect=expect,
-                    progress=progress,
-                    metrics=Metrics(name),
-                )
-                stopped = driver.drive(stop, lock)
-        if unfinished:
+        if not table.finished:
+            stopped = drive(table, lock)
             table = LeaseTable(store, groups, grid)
         return Outcome(
             done=len(table.done),
@@ -164,7 +178,7 @@ def run(
             dead=[(*key, error) for key, error in sorted(table.dead.items())],
             duplicates=table.duplicates,
             stopped=stopped,
-            seconds=time.monotonic() - started,
+            seconds=clock.now() - started,
         )
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
+from cluster.crew import Crew
 from cluster.queue import Grid, Lease
 
 
@@ -22,10 +19,11 @@ class Slot:
     """
 
     name: str
+    crew: Crew
     worker: Any = None
     node: str = ""
     ready: bool = False
-    calls: dict[ray.ObjectRef[Any], Lease | None] = field(default_factory=dict)
+    calls: dict[Any, Lease | None] = field(default_factory=dict)
     since: float = 0.0
     failures: int = 0
     rests_until: float = 0.0
@@ -38,13 +36,12 @@ class Slot:
     def rest(self, longest: float) -> None:
         """Pause for longer after each failure in a row."""
         self.failures += 1
-        self.rests_until = time.monotonic() + min(longest, 2.0 ** (self.failures - 1))
+        self.rests_until = self.crew.clock.now() + min(longest, 2.0 ** (self.failures - 1))
 
     def end(self) -> None:
         """Kill the worker, if there is one, and forget what it was asked for."""
         if self.worker is not None:
-            with suppress(Exception):  # It may be dead, and so may the cluster.
-                ray.kill(self.worker)
+            self.crew.end(self.worker)
         self.worker, self.ready, self.node = None, False, ""
         self.calls.clear()
 
@@ -62,12 +59,3 @@ def difference(expect: dict[str, Any], facts: dict[str, Any]) -> str:
         if expect.get(name) != facts.get(name)
     ]
     return "\n".join(["A worker is not what the run's manifest says:", *lines])
-
-
-def in_one_line(error: BaseException) -> str:
-    """Ray's errors without the ids before and the guesses after what Ray knows."""
-    text = " ".join(str(error).split())
-    for noise in (" Some common causes", " Object store memory usage"):
-        text = text.partition(noise)[0]
-    known = max(text.find("The actor is dead because"), 0)
-    return f"{type(error).__name__}: {text[known:]}"[:1000]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from cluster.clock import REAL, Clock
+
 DAMAGED = "_damaged"
 _PIECE = 8 << 20
 _T = TypeVar("_T")
@@ -28,20 +30,24 @@ class StoreError(OSError):
     """The store is full, out of reach or closed to us: nobody's record is to blame."""
 
 
+class MissingError(StoreError, FileNotFoundError):
+    """A file is not there, or out of sight."""
+
+
 class DamagedError(ValueError):
     """A file is not what its name says."""
 
 
-def retry(call: Callable[[], _T], seconds: float) -> _T:
+def retry(call: Callable[[], _T], seconds: float, clock: Clock = REAL) -> _T:
     """Call again while StoreError is raised, for so many seconds, and return the answer."""
-    deadline, pause = time.monotonic() + seconds, 0.2
+    deadline, pause = clock.now() + seconds, 0.2
     while True:
         try:
             return call()
         except StoreError:
-            if time.monotonic() + pause > deadline:
+            if clock.now() + pause > deadline:
                 raise
-            time.sleep(pause)
+            clock.sleep(pause)
             pause *= 2
 
 
@@ -69,7 +75,8 @@ class Store:
     process that writes it ends. Picklable. Relative paths are made absolute when the store is made.
     A path is taken as it is; in a URI `%`, `#` and `?` of a name are percent-encoded.
     Making one raises ValueError if pyarrow would drop a part of a URI, or if it holds a password.
-    Every method raises StoreError where the store does not do what it is asked.
+    Every method raises StoreError where the store does not do what it is asked: MissingError, which
+    is also a FileNotFoundError, where a file is not there.
     """
 
     uri: str
@@ -141,7 +148,7 @@ class Store:
         return int(data.size)
 
     def read_bytes(self, name: str) -> bytes:
-        """Raises FileNotFoundError where there is no such file."""
+        """Raises MissingError where there is no such file."""
         with self._as_store_error(), self._opened[0].open_input_stream(self._path(name)) as stream:
             data: bytes = stream.read()
         return data
@@ -155,8 +162,8 @@ class Store:
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or those of `columns` that it has.
 
-        Raises FileNotFoundError where there is no such file, DamagedError where it is no whole
-        Parquet file.
+        Raises MissingError where there is no such file, DamagedError where it is no whole Parquet
+        file.
         """
         path, chosen = self._path(name), columns and list(columns)
         with self._as_store_error():
@@ -177,17 +184,34 @@ class Store:
                 "Restore it, or move it away if it is a result, and run the same command again."
             ) from error
 
+    def read_tables(
+        self, names: Sequence[str], columns: Sequence[str]
+    ) -> Iterator[pa.Table | DamagedError]:
+        """Many Parquet files at once: of each what `read_table` returns, or what is wrong with it.
+
+        Raises MissingError where one is not there.
+        """
+
+        def read(name: str) -> pa.Table | DamagedError:
+            try:
+                return self.read_table(name, columns)
+            except DamagedError as error:
+                return error
+
+        with ThreadPoolExecutor(16) as pool:
+            yield from pool.map(read, names)
+
     def exists(self, name: str) -> bool:
         with self._as_store_error():
             info = self._opened[0].get_file_info(self._path(name))
         return bool(info.type == fs.FileType.File)
 
     def committed(self, name: str) -> datetime:
-        """When a file was committed, by the store's clock. Raises FileNotFoundError."""
+        """When a file was committed, by the store's clock. Raises MissingError."""
         with self._as_store_error():
             info = self._opened[0].get_file_info(self._path(name))
         if info.type != fs.FileType.File:
-            raise FileNotFoundError(f"{self.uri}/{name}")
+            raise MissingError(f"{self.uri}/{name} is not there")
         when: datetime = info.mtime
         return when
 
@@ -221,7 +245,7 @@ class Store:
         }
 
     def delete(self, name: str) -> None:
-        """Remove a file. Raises FileNotFoundError where there is none."""
+        """Remove a file. Raises MissingError where there is none."""
         with self._as_store_error():
             self._opened[0].delete_file(self._path(name))
 
@@ -242,7 +266,9 @@ class Store:
         """Errors of any filesystem as StoreError, which says whose it is."""
         try:
             yield
-        except FileNotFoundError:
+        except StoreError:
             raise
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.uri}: {error}") from error
         except OSError as error:
             raise StoreError(f"{self.uri}: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from cluster.clock import REAL, Clock
 from cluster.lock import LOCK_NAME
 from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
@@ -121,18 +121,19 @@ class Worker:
         grid: Grid,
         settings: RunSettings,
         name: str,
+        clock: Clock = REAL,
     ) -> None:
         """name: of the run, for the logs."""
         self._work, self._store, self._grid = work, store, grid
-        self._settings, self._name = settings, name
+        self._settings, self._name, self._clock = settings, name, clock
         self._task: Task | None = None
         self._spoiled: str | None = None
 
     def boot(self) -> Booted:
         """Build the task. Apart from `__init__`, so that its failure is a value, not a death."""
-        started = time.monotonic()
+        started = self._clock.now()
         try:
-            with time_limit(self._settings.boot_seconds):
+            with self._limit(self._settings.boot_seconds):
                 if not self._store.exists(LOCK_NAME):
                     raise FileNotFoundError(
                         f"node {os.uname().nodename} does not see {self._store.uri}/{LOCK_NAME}. "
@@ -140,10 +141,15 @@ class Worker:
                         "such as s3://bucket/folder."
                     )
                 self._task = self._work.task()
-                facts, node = self._task.describe(), ray.get_runtime_context().get_node_id()
-                return Booted(facts, node, seconds=time.monotonic() - started)
+                facts, node = self._task.describe(), self._node()
+                return Booted(facts, node, seconds=self._clock.now() - started)
         except Exception as error:
             return Booted(failure=describe_error(error))
+
+    _limit = staticmethod(time_limit)
+
+    def _node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
 
     def work(self, lease: Lease) -> Report:
         """Do a lease and commit its part."""
@@ -165,15 +171,15 @@ class Worker:
 
     def _do(self, task: Task, lease: Lease) -> Report:
         failure: Report | None = None
-        started = time.monotonic()
-        with time_limit(self._settings.record_seconds * self._grid.size(lease)):
+        started = self._clock.now()
+        with self._limit(self._settings.record_seconds * self._grid.size(lease)):
             try:
                 table = task.run(lease)
             except (StoreError, DamagedError) as error:
                 failure = Report(failure=describe_error(error), blame="store")
             except Exception as error:
                 failure = Report(failure=describe_error(error))
-            ran = time.monotonic()
+            ran = self._clock.now()
             try:
                 task.verify()
             except Exception as error:
@@ -181,10 +187,10 @@ class Worker:
                 return Report(failure=self._spoiled, blame="worker")
         if failure is not None:
             return failure
-        verified = time.monotonic()
+        verified = self._clock.now()
         try:
-            with time_limit(COMMIT_LIMIT):
-                errors, written = commit(self._store, self._grid, lease, table)
+            with self._limit(COMMIT_LIMIT):
+                errors, written = commit(self._store, self._grid, lease, table, self._clock)
         except StoreError as error:
             return Report(failure=describe_error(error), blame="store")
         except Exception as error:
@@ -192,13 +198,15 @@ class Worker:
         seconds = {
             "run": ran - started,
             "verify": verified - ran,
-            "commit": time.monotonic() - verified,
+            "commit": self._clock.now() - verified,
             **_stages(table),
         }
         return Report(errors, seconds=seconds, written=written)
 
 
-def commit(store: Store, grid: Grid, lease: Lease, table: pa.Table) -> tuple[dict[int, str], int]:
+def commit(
+    store: Store, grid: Grid, lease: Lease, table: pa.Table, clock: Clock = REAL
+) -> tuple[dict[int, str], int]:
     """Write the rows of a lease. The dead letters of what was written, and its bytes.
 
     Raises ValueError where the rows are not those of the lease, and StoreError.
@@ -211,7 +219,7 @@ def commit(store: Store, grid: Grid, lease: Lease, table: pa.Table) -> tuple[dic
         )
 
     def write(lease: Lease, table: pa.Table) -> int:
-        return retry(lambda: store.write_table(lease.part, table), COMMIT_SECONDS)
+        return retry(lambda: store.write_table(lease.part, table), COMMIT_SECONDS, clock)
 
     if "error" not in table.column_names or table["error"].null_count == lease.rows:
         return {}, write(lease, table)

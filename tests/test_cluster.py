@@ -269,12 +269,10 @@ def test_the_lock_of_a_dead_driver_is_taken_over_and_the_old_holder_told(tmp_pat
         with pytest.raises(LockedError, match=f"process {os.getpid()} "):
             RunLock(store, beat=0.1).__enter__()
         # As if it hung for longer than a dead driver is waited for.
-        old._stop.set()
-        old._thread.join()
+        old._end()
         with RunLock(store, beat=0.1) as new:
             assert new.taken_by is None
-            old._stop.clear()
-            old._keep()
+            assert not old._keep()
             assert old.taken_by is not None
     assert not store.exists(LOCK_NAME)
 

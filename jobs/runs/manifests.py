@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.clock import REAL, Clock
 from cluster.lock import RunLock
 from cluster.store import Store
 from jobs.runs import config as configs
@@ -67,14 +68,17 @@ def refuse_another(store: Store, there: Mapping[str, Any], now: Mapping[str, Any
 
 
 def claim(
-    store: Store, manifest: dict[str, Any], of_another: Callable[[dict[str, Any]], None]
+    store: Store,
+    manifest: dict[str, Any],
+    of_another: Callable[[dict[str, Any]], None],
+    clock: Clock = REAL,
 ) -> dict[str, Any]:
     """Commit a run's manifest, under the lock of its results, and return it.
 
     A driver that came at the same time may have been first: then its manifest is returned, if
     `of_another` does not refuse it. Raises LockedError while another driver works there.
     """
-    with RunLock(store.sub("results")):
+    with RunLock(store.sub("results"), clock=clock):
         if store.exists(MANIFEST):
             there = read(store, manifest.keys())
             of_another(there)
