@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup help bench perf gpu roundings chaos scale table1 table4 table-variants lint check test clean
+.PHONY: setup help bench perf gpu roundings simulate chaos scale table1 table4 table-variants lint check test clean
 
 setup: .venv/installed ## Install everything into .venv (the default).
 
@@ -41,6 +41,11 @@ ROUNDINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU
 roundings: setup ## Run the tests of numbers with the roundings of other processors.
 	set -e; for way in $(ROUNDINGS); do \
 		echo "$$way"; env $$way $(BIN)/pytest $(NUMERIC:%=tests/test_%.py); done
+
+# The real scheduler in 10,000 simulated worlds of faults; ARGS="--seed 17" tells all of one, and
+# ARGS=--mistakes puts mistakes in to see whether they are found; docs/operations.md.
+simulate: setup ## Simulate 10,000 runs under faults, in two minutes, without Ray.
+	$(BIN)/python -m tests.programs.simulate $(ARGS)
 
 # Every fault, over three seeds: lost, duplicated, attempts; docs/operations.md.
 chaos: setup ## Run every fault over three seeds.

@@ -11,11 +11,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster.clock import REAL, Clock
 from cluster.store import DamagedError, Store
 
 Key = tuple[str, int]
 NODE_LOSSES = 5
 """A lease during which so many nodes were lost is no longer innocent."""
+
+WRITTEN_SECONDS = 1.0
+"""Between two looks at a part that is not whole."""
 
 
 @dataclass(frozen=True)
@@ -111,31 +115,42 @@ class Found:
     damaged: list[str]
 
 
-def read_parts(store: Store, names: Sequence[str]) -> Found:
+def read_parts(store: Store, names: Sequence[str], clock: Clock = REAL) -> Found:
     """Read which rows the parts hold. Of two rows of one key, one without an error counts.
 
+    A part is damaged if it still is after a second: some stores show a part while it is written.
     Raises ValueError naming the file where a part has no case ids.
     """
     found: dict[Key, str | None] = {}
     rows = 0
-    damaged = []
-    for name, table in zip(names, store.read_tables(names, ("case_id", "error")), strict=True):
-        if isinstance(table, DamagedError):
-            damaged.append(name)
-            continue
-        if "case_id" not in table.column_names:
-            raise ValueError(
-                f"{store.uri}/{name} has no column case_id: it is not a part of a run. "
-                "Move it away and run the same command again."
-            )
-        ids = table["case_id"].to_pylist()
-        errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(ids)
-        group = name.rpartition("/")[0]
-        rows += len(ids)
-        for case_id, error in zip(ids, errors, strict=True):
-            if error is None or (group, case_id) not in found:
-                found[group, case_id] = error
-    return Found(found, rows - len(found), damaged)
+    odd: list[str] = []
+
+    def look(names: Sequence[str]) -> None:
+        nonlocal rows
+        for name, table in zip(names, store.read_tables(names, ("case_id", "error")), strict=True):
+            if isinstance(table, DamagedError):
+                odd.append(name)
+                continue
+            if "case_id" not in table.column_names:
+                raise ValueError(
+                    f"{store.uri}/{name} has no column case_id: it is not a part of a run. "
+                    "Move it away and run the same command again."
+                )
+            ids, errors = table["case_id"].to_pylist(), [None] * table.num_rows
+            if "error" in table.column_names:
+                errors = table["error"].to_pylist()
+            group = name.rpartition("/")[0]
+            rows += len(ids)
+            for case_id, error in zip(ids, errors, strict=True):
+                if error is None or (group, case_id) not in found:
+                    found[group, case_id] = error
+
+    look(names)
+    if odd:
+        clock.sleep(WRITTEN_SECONDS)
+        again, odd = odd, []
+        look(again)
+    return Found(found, rows - len(found), odd)
 
 
 class LeaseTable:
@@ -154,6 +169,7 @@ class LeaseTable:
         grid: Grid,
         max_attempts: int = 3,
         retry_dead: bool = False,
+        clock: Clock = REAL,
     ) -> None:
         """Read the parts of `groups` in the store and queue what is not in them.
 
@@ -162,6 +178,7 @@ class LeaseTable:
         holds a case id that the grid does not know.
         """
         self._store, self._grid, self._max_attempts = store, grid, max_attempts
+        self._clock = clock
         self.total = sum(len(grid.of(group)) for group in groups)
         self._queues: dict[str, deque[Lease]] = {}
         self._pending: deque[Lease] = deque()
@@ -298,7 +315,7 @@ class LeaseTable:
         return self.done.issuperset(self._keys(lease))
 
     def _read(self, names: Sequence[str]) -> Found:
-        found = read_parts(self._store, names)
+        found = read_parts(self._store, names, self._clock)
         self.set_aside += [self._store.set_aside(name) for name in found.damaged]
         return found
 

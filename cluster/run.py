@@ -162,7 +162,7 @@ def finish(
     """
     started = clock.now()
     with RunLock(store, clock=clock) as lock:
-        table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead)
+        table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead, clock)
         for part in table.set_aside:
             print(
                 f"note: a damaged part is now {store.uri}/{part}; its rows are done again",
@@ -171,7 +171,7 @@ def finish(
         stopped = False
         if not table.finished:
             stopped = drive(table, lock)
-            table = LeaseTable(store, groups, grid)
+            table = LeaseTable(store, groups, grid, clock=clock)
         return Outcome(
             done=len(table.done),
             total=table.total,

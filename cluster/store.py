@@ -256,9 +256,10 @@ class Store:
 
     def set_aside(self, name: str) -> str:
         """Move a damaged file to where no reader looks, and say where that is."""
-        aside = f"{DAMAGED}/{name}"
-        self.write_bytes(aside, self.read_bytes(name))
-        self.delete(name)
+        aside, data = f"{DAMAGED}/{name}", self.read_bytes(name)
+        self.write_bytes(aside, data)
+        if self.read_bytes(name) == data:  # A late writer may have replaced it by a whole one.
+            self.delete(name)
         return aside
 
     @contextmanager
