@@ -274,11 +274,12 @@ class LeaseTable:
         queue = self._queues.get(worker, deque())
         left = [lease for lease in queue if not self._committed(lease)]
         self._queues.pop(worker, None)
-        left = [lease for lease in left if not self._elsewhere(lease)]
         if not left:
             return None
         suspect, *innocent = left
-        self._pending.extendleft(reversed(innocent))
+        self._pending.extendleft(one for one in reversed(innocent) if not self._elsewhere(one))
+        if self._elsewhere(suspect):
+            return None  # Its copy will show.
         if node_lost and self._node_losses[suspect] < NODE_LOSSES:
             self._node_losses[suspect] += 1
             self._pending.appendleft(suspect)

@@ -1,13 +1,14 @@
 """The lease table: nothing lost, nothing twice, the guilty alone pays."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from cluster.queue import NODE_LOSSES, Grid, Lease, LeaseTable
-from cluster.store import Store
+from cluster.store import DamagedError, Store
 
 GROUP = "benchmark=b/model=m/editor=rome"
 GRID = Grid(((10, 11, 12, 13, 14), (20, 21)), rows=2)
@@ -260,6 +261,35 @@ def test_a_lease_that_one_of_two_lost_stays_with_the_other(store: Store) -> None
     assert table.pending == pending
     table.lose("b")  # The last that had it: now its records go alone.
     assert spans(drain(table))[-2:] == [(0, 0, 1, 1), (0, 1, 2, 1)]
+
+
+def test_a_death_during_a_copied_lease_is_not_blamed_on_the_next_one(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], replace(GRID, rows=1), max_attempts=1)
+    hanging, next_one = take(table, "a"), take(table, "a")
+    table.copy("b", hanging)
+    assert table.lose("a") is None
+    assert spans([take(table, "c")]) == spans([next_one])
+    assert table.lose("b") == hanging
+
+
+class Half(Store):
+    """Shows one part half while it is written."""
+
+    shown = 0
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        type(self).shown += 1
+        if self.shown == 1:
+            raise DamagedError(name)
+        return super().read_table(name, columns)
+
+
+def test_a_part_that_is_still_being_written_is_not_set_aside(tmp_path: Path) -> None:
+    lease = Lease(GROUP, 0, 0, 2)
+    commit(Store(tmp_path), lease)
+    table = LeaseTable(Half(tmp_path), [GROUP], GRID)
+    assert (Half.shown, table.set_aside, len(table.done)) == (2, [], 2)
+    assert Store(tmp_path).exists(lease.part)
 
 
 def test_a_damaged_part_is_set_aside_and_its_rows_are_done_again(store: Store) -> None:
