@@ -230,7 +230,7 @@ class Driver:
             error = f"no result within {self._limit(oldest):g} s; {error}"
         during = described(self._grid, oldest) if oldest else "nothing"
         self._note(f"Worker {slot.name} ended during {during}: {error}", oldest)
-        lost = self._retry(lambda: self._table.lose(slot.name, node_lost))
+        lost = self._retry(lambda: self._table.lose(slot.name, node_lost, oldest))
         self._settle(lost, error, oldest)
 
     def _settle(self, exhausted: Lease | None, error: str, failed: Lease | None) -> None:

@@ -265,16 +265,23 @@ class LeaseTable:
         if not self._elsewhere(lease) and not self._is_done(lease):
             self._pending.appendleft(lease)
 
-    def lose(self, worker: str, node_lost: bool = False) -> Lease | None:
-        """A worker died. Returns the lease to blame if that was its last try.
+    def lose(
+        self, worker: str, node_lost: bool = False, during: Lease | None = None
+    ) -> Lease | None:
+        """A worker died, `during` the oldest lease that it has not answered for. Returns the lease
+        to blame if that was its last try.
 
         What it committed before it died is done. The oldest of what is left is to blame, unless the
-        whole node was lost; the others had not begun and go back as they were.
+        whole node was lost; the others had not begun and go back as they were. Nobody is to blame
+        for a death during a lease that another worker has done meanwhile.
         """
         queue = self._queues.get(worker, deque())
         left = [lease for lease in queue if not self._committed(lease)]
         self._queues.pop(worker, None)
         if not left:
+            return None
+        if during in self._copied and during not in left:
+            self._pending.extendleft(reversed(left))
             return None
         suspect, *innocent = left
         self._pending.extendleft(one for one in reversed(innocent) if not self._elsewhere(one))

@@ -272,6 +272,15 @@ def test_a_death_during_a_copied_lease_is_not_blamed_on_the_next_one(store: Stor
     assert table.lose("b") == hanging
 
 
+def test_a_death_during_a_lease_that_its_copy_has_done_is_not_blamed_either(store: Store) -> None:
+    table = LeaseTable(store, [GROUP], replace(GRID, rows=1), max_attempts=1)
+    slow, next_one = take(table, "a"), take(table, "a")
+    table.copy("b", slow)
+    table.complete("b", slow, {})
+    assert table.lose("a", during=slow) is None
+    assert spans([take(table, "c")]) == spans([next_one])
+
+
 class Half(Store):
     """Shows one part half while it is written."""
 

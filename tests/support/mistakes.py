@@ -73,9 +73,9 @@ def retry_that_takes_the_old_letter_for_the_new() -> AbstractContextManager[obje
 def newest_lease_blamed() -> AbstractContextManager[object]:
     """A death is blamed on what the worker had not begun."""
 
-    def lose(table: LeaseTable, name: str, node_lost: bool = False) -> Lease | None:
+    def lose(table: LeaseTable, name: str, *how: Any) -> Lease | None:
         table._queues.get(name, deque()).reverse()
-        return right(table, name, node_lost)
+        return right(table, name, *how)
 
     right = LeaseTable.lose
     return patch.object(LeaseTable, "lose", lose)

@@ -208,6 +208,9 @@ class SimulatedCrew:
         self._run.world.tell(
             self._process.name, lambda: f"{lease.part} {lease.attempt} to {worker.process.name}"
         )
+        if worker.process.node in self._run.cut_off:
+            self._post(call, Lost("its node is out of reach", True), self._run.luck.uniform(1, 20))
+            return call
         if not worker.process.alive:
             if lease.rows == 1:
                 self._run.hits.update(self._run.keys_of(lease))
