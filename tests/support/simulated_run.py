@@ -123,6 +123,7 @@ class Hand:
     """Leases without a report, oldest first."""
     wake: Callable[[], None] | None = None
     slowness: float = 1.0
+    node_lost: bool = False
 
 
 class SimulatedCrew:
@@ -162,6 +163,7 @@ class SimulatedCrew:
 
         def died(why: str) -> None:
             node_lost = why.startswith("its node")
+            hand.node_lost = node_lost
             run.struck(hand, node_lost)
             seconds = run.luck.uniform(1, 20) if node_lost else run.luck.uniform(0.01, 0.5)
             for call in hand.calls:
@@ -214,7 +216,7 @@ class SimulatedCrew:
         if not worker.process.alive:
             if lease.rows == 1:
                 self._run.hits.update(self._run.keys_of(lease))
-            self._post(call, Lost("it is dead"), 0.1)
+            self._post(call, Lost("it is dead", worker.node_lost), 0.1)
             return call
         worker.calls.append(call)
         worker.given.append(lease)

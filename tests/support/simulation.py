@@ -214,7 +214,7 @@ class Disk:
         self.slow = 0.0
         """Share of writes that take long, and are done though the writer dies meanwhile."""
         self.prompt = ""
-        """The name of a file whose writes never take long."""
+        """The name of a file whose writes never take long, and are seen at once."""
         self.late = 0.0
         """Share of new files that others see late."""
         self.torn = 0.0
@@ -227,7 +227,7 @@ class Disk:
         luck, now, old = self.world.luck, self.world.now, self.files.get(name)
         file = File(content, now + self.ahead, node)
         # What replaces a file is seen at once, as S3 promises, and NFS to those who open it.
-        if old is None and luck.random() < self.late:
+        if old is None and name != self.prompt and luck.random() < self.late:
             file.seen_at = now + luck.uniform(0.1, 12)
             self.strokes["files are late"] += 1
         if luck.random() < self.torn:
