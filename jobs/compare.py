@@ -27,7 +27,7 @@ from jobs.runs import manifests
 from jobs.runs.labels import differing_notes, row_labels
 from jobs.runs.parts import collect
 from rome.analysis import comparison
-from rome.analysis.metrics import SUCCESSES, harmonic_mean, table_of
+from rome.analysis.metrics import METRICS, SUCCESSES, harmonic_mean, table_of
 from rome.analysis.summary import with_metrics
 from rome.data.results import OK
 
@@ -69,11 +69,22 @@ def read(run_dirs: Sequence[str]) -> pl.DataFrame:
     return (
         pl.concat(found.values())
         .join(known, on=["folder", "editor"], maintain_order="left")
+        .with_columns(_over_orders())
         # As in the summary, a scored row is kept in preference to a dead letter.
         .sort("place", pl.col("status") != OK, maintain_order=True)
         .unique(("label", "case_id"), keep="first", maintain_order=True)
         .drop("place")
     )
+
+
+def _over_orders() -> list[pl.Expr]:
+    """A record's numbers in a chain: their mean over the orders that the chain was made in."""
+    chained = pl.when(pl.col("order").is_not_null())
+    means = (pl.col(name).mean().over("label", "case_id") for name in METRICS)
+    return [
+        chained.then(mean).otherwise(name).alias(name)
+        for name, mean in zip(METRICS, means, strict=True)
+    ]
 
 
 def ranked(rows: pl.DataFrame) -> list[str]:

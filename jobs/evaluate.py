@@ -24,10 +24,10 @@ from jobs import cli, second_moment
 from jobs.cli import say
 from jobs.inputs.record_stores import check, grid_of, record_store
 from jobs.inputs.sources import reversed_prompts
-from jobs.reduce import reduce, show
+from jobs.reduce import reduce, show, show_chains
 from jobs.runs import config as configs
 from jobs.runs import manifests
-from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
+from jobs.runs.chains import Chain, chains_of, groups_of, rows_of, with_chains
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.labels import folder
@@ -55,6 +55,7 @@ def evaluate(config: RunConfig, out: str) -> int:
     outcome = _rows(config, out)
     if outcome.done:
         show(reduce([out]))
+        show_chains([out])
     return cli.ended(outcome, "rows", "case")
 
 
@@ -79,6 +80,7 @@ def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:
             break
     if folders:
         show(reduce(folders))
+        show_chains(folders)
     return max(statuses)  # Stopped, else with dead letters, else done.
 
 
@@ -92,7 +94,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     rows = config.lease(gpus=False)
     grid = grid_of(records, config.records, rows, max(map(config.together, config.editors)))
     groups, chains = _groups(config, benchmark, grid)
-    manifest = _manifest(config, store, records)
+    manifest = _manifest(config, store, records, rows_of(config, grid, chains))
     config = _sized(config, manifest.get("model_bytes", 0))
     if chains:
         grid = with_chains(grid, chains)
@@ -150,8 +152,13 @@ def _sized(config: RunConfig, model_bytes: int) -> RunConfig:
     return replace(config, workers=replace(config.workers, memory_gib=memory_gib))
 
 
-def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]:
-    """The run's manifest: the one there, if it is of the same run, or a new one, written first."""
+def _manifest(
+    config: RunConfig, store: Store, records: Store, rows: dict[str, int]
+) -> dict[str, Any]:
+    """The run's manifest: the one there, if it is of the same run, or a new one, written first.
+
+    `rows`: see `jobs.runs.chains.rows_of`.
+    """
     now = {
         "config": configs.plain(config),
         "benchmark": manifests.benchmark(records),
@@ -184,7 +191,8 @@ def _manifest(config: RunConfig, store: Store, records: Store) -> dict[str, Any]
         **now,
         **facts,
         "reversed_prompts": reversed_prompts(),
-        "editors": list(config.editors),
+        "editors": list(rows),
+        "rows": rows,
         "records": len(grid_of(records, config.records, 1)),
         "records_store": records.uri,
         "second_moments": {

@@ -11,7 +11,7 @@ import typer
 
 from cluster.store import Store
 from jobs import cli
-from jobs.output import tables
+from jobs.output import chains, figures, tables
 from jobs.runs import manifests
 from jobs.runs.labels import differing_notes, run_labels
 from jobs.runs.parts import collect, write_table
@@ -33,7 +33,8 @@ def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
     Columns: those of `rome.analysis.summary.summarize` and `records`, how many the run is to have;
     an editor without a row yet has n = 0. Of several runs, `run` is the label that tells them
     apart. With `write`, `summary.parquet`, `table.md` and `table.tex` of its own go into each
-    directory. A run in progress is summarized as far as it has come.
+    directory, and where it has chains `chains.parquet` and `figures/chains`. A run in progress is
+    summarized as far as it has come.
 
     Raises ValueError where a path is no run directory, is given twice, has no results yet, or holds
     a part that cannot be read: nothing is left out silently.
@@ -52,22 +53,32 @@ def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
 def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataFrame:
     summary = collect(store, summarize)
     # An editor that the manifest does not know is shown, too.
+    wanted = dict.fromkeys(summary["editor"], manifest["records"]) | manifests.rows(manifest)
     editors = dict.fromkeys([*manifest["editors"], *summary["editor"]])
+    schema = {"editor": pl.String, "records": pl.Int64}
     frame = (
-        pl.DataFrame({"editor": list(editors)}, schema={"editor": pl.String})
+        pl.DataFrame([(name, wanted[name]) for name in editors], schema=schema, orient="row")
         .join(summary, on="editor", how="left", maintain_order="left")
         .with_columns(
             pl.col("run").fill_null(manifest["name"]),
             pl.col("n", "dead", "duplicates", "^.*_n$").fill_null(0),
-            pl.lit(manifest["records"], pl.Int64).alias("records"),
         )
         .select(*summary.columns, "records")
     )
     if write:
+        _write_chains(store, manifest)
         write_table(store, "summary.parquet", frame)
         store.write_bytes("table.md", tables.markdown(frame).encode())
         store.write_bytes("table.tex", tables.latex(frame).encode())
     return frame
+
+
+def _write_chains(store: Store, manifest: dict[str, Any]) -> None:
+    found = chains.read(store)
+    if len(found):
+        write_table(store, "chains.parquet", found)
+        title = f"{manifest['name']} · {found['model'][0]}"
+        figures.save(store, {"chains": chains.figure(found, chains.ages(store), title)})
 
 
 @app.command()
@@ -80,8 +91,17 @@ def main(
         frame = reduce(run_dirs)
         notes = differing_notes(manifests.of_runs(run_dirs))
     show(frame, format)
+    if format is Format.TABLE:
+        show_chains(run_dirs)
     for note in notes:
         typer.echo(note, err=True)
+
+
+def show_chains(run_dirs: Sequence[str]) -> None:
+    """Print what the chains of runs have beside their table."""
+    for run_dir in run_dirs:
+        if len(found := chains.read(Store(run_dir))):
+            cli.print_table(chains.table(found))
 
 
 def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:

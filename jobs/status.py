@@ -19,7 +19,7 @@ from cluster.queue import read_parts
 from cluster.store import Store
 from jobs import cli
 from jobs.runs import manifests
-from jobs.runs.parts import hive_values
+from jobs.runs.parts import row_of
 
 RECENT = timedelta(minutes=10)
 """Rate and workers come from the parts committed in so long before the last one."""
@@ -62,15 +62,15 @@ def status(store: Store) -> Status:
     results = store.sub("results")
     written = results.written(suffix=".parquet")
     found = read_parts(results, list(written))
-    done = Counter(hive_values(group)["editor"] for group, _ in found.errors)
+    done = Counter(row_of(group) for group, _ in found.errors)
     dead = defaultdict(list)
     for (group, case_id), error in sorted(found.errors.items()):
         if error is not None:
-            dead[error].append((hive_values(group)["editor"], case_id))
+            dead[error].append((row_of(group), case_id))
     rate, workers = _recent(results, written)
     return Status(
         name=manifest["name"],
-        total=manifest["records"] * len(manifest["editors"]),
+        total=sum(manifests.rows(manifest).values()),
         done={editor: done[editor] for editor in manifest["editors"]},
         dead=dict(dead),
         duplicates=found.duplicates,

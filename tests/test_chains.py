@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +22,19 @@ from cluster.here import drive_here
 from cluster.progress import Progress
 from cluster.queue import Grid, LeaseTable
 from cluster.store import Store
+from jobs.compare import read
 from jobs.evaluate import evaluate
 from jobs.inputs.record_stores import grid_of, prepare
+from jobs.reduce import app as reduce_app
+from jobs.reduce import reduce
 from jobs.runs import config as configs
 from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import collect
+from jobs.status import status
 from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
+from rome.analysis import chains
 from rome.data.records import Record, Request, from_table
 from rome.editors import Editor, Unedited
 from rome.edits.deltas import DenseDelta, Edit, dense
@@ -38,6 +44,7 @@ from rome.models import EditableModel
 from rome.options import ConfigError
 from rome.scoring import drift
 from tests.support import tiny
+from tests.support.commands import invoke
 from tests.support.computations import scores
 from tests.support.oracle import edited
 from tests.support.tiny import TEMPLATES
@@ -72,7 +79,7 @@ def run_config(folder: Path, *overrides: str, **row: Any) -> RunConfig:
 
 def rows_of(folder: Path) -> pl.DataFrame:
     found = collect(Store(folder), lambda rows: rows.collect())
-    return found.sort("editor", "order", "edits", "case_id")
+    return found.sort("order", "edits", "case_id")
 
 
 def records_of(folder: Path) -> list[Record]:
@@ -97,7 +104,8 @@ def test_a_chain_equals_weights_written_by_hand(tmp_path: Path) -> None:
     config = run_config(tmp_path, orders=2)
     assert evaluate(config, str(tmp_path / "run")) == 0
     rows = rows_of(tmp_path / "run")
-    none, chain = rows.filter(editor="none"), rows.filter(editor="chain")
+    none, chain = rows.filter(editor="none"), rows.filter(pl.col("editor") != "none")
+    assert chain["editor"].to_list() == (["chain@2"] * 2 + ["chain@6"] * 6) * 2
     assert none["edits"].to_list() == [None] * 6
     assert chain["order"].to_list() == [0] * 8 + [1] * 8
     assert chain["edits"].to_list() == [2] * 2 + [6] * 6 + [2] * 2 + [6] * 6
@@ -293,7 +301,7 @@ def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Pa
         return LeaseTable(results, groups, evaluation.grid)
 
     table = drive()
-    chain = rows_of(tmp_path / "run").filter(editor="chain")
+    chain = rows_of(tmp_path / "run").filter(pl.col("edits") > 0)
     assert chain.filter(edits=2)["status"].to_list() == ["ok", "ok"]
     late = chain.filter(edits=6)
     assert late["status"].to_list() == ["error"] * 6
@@ -303,7 +311,56 @@ def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Pa
     # Tried again with what the editor lacked, the chain goes on where it ended.
     table = drive(retry=True, work=evaluation)
     assert not table.dead
-    assert rows_of(tmp_path / "run").filter(editor="chain")["status"].to_list() == ["ok"] * 8
+    assert rows_of(tmp_path / "run").filter(pl.col("edits") > 0)["status"].to_list() == ["ok"] * 8
+
+
+def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:
+    config = run_config(tmp_path, orders=2)
+    out = str(tmp_path / "run")
+    assert evaluate(config, out) == 0
+    table = reduce([out])
+    assert table["editor"].to_list() == ["none", "chain@2", "chain@6"]
+    assert table["n"].to_list() == table["records"].to_list() == [6, 4, 12]
+    assert table["duplicates"].to_list() == [0, 0, 0]
+    rows = rows_of(tmp_path / "run")
+    last = rows.filter(editor="chain@6")
+    assert table["EM"][2] == pytest.approx(100 * last["EM"].mean())
+    found = status(Store(out))
+    assert (found.total, found.left, found.duplicates) == (22, 0, 0)
+    assert found.done == {"none": 6, "chain@2": 4, "chain@6": 12}
+    # A record's number is that over both orders.
+    compared = read([out]).filter(label="chain@6").sort("case_id")
+    expected = last.group_by("case_id").agg(pl.col("EM").mean()).sort("case_id")
+    assert compared["EM"].to_list() == pytest.approx(expected["EM"].to_list())
+    orders = chains.by_order(scan([out]))
+    assert orders.select("editor", "order").rows() == [
+        ("chain@2", 0),
+        ("chain@2", 1),
+        ("chain@6", 0),
+        ("chain@6", 1),
+    ]
+    over = chains.over_orders(orders)
+    assert over["orders"].to_list() == [2, 2]
+    both = [last.filter(order=order)["EM"].mean() for order in (0, 1)]
+    assert over["EM_std"][1] == pytest.approx(100 * float(np.std(both, ddof=1)))
+    ages = chains.by_age(scan([out])).filter(edits=6)
+    assert ages["part"].to_list() == [0, 1, 3, 5, 6, 8]
+    assert ages["age"].to_list() == [0, 1, 2, 3, 4, 5]
+    assert ages["n"].to_list() == [2] * 6
+    saved = pl.read_parquet(tmp_path / "run" / "chains.parquet")
+    assert saved["chain"].to_list() == ["chain", "chain"]
+    assert saved["norm_change"][1] > saved["norm_change"][0] > 0
+    assert (saved["agreement"].to_numpy() <= 1).all()
+    assert b"edits since a fact" in (tmp_path / "run" / "figures" / "chains.svg").read_bytes()
+    printed = invoke(reduce_app, out).output
+    assert "Chains" in printed
+    assert f"{saved['perplexity'][1]:.2f} of {saved['perplexity_unedited'][1]:.2f}" in printed
+
+
+def scan(folders: list[str]) -> pl.LazyFrame:
+    return pl.concat(
+        [collect(Store(folder), lambda rows: rows.collect()) for folder in folders]
+    ).lazy()
 
 
 def test_what_cannot_be_a_chain_is_refused(tmp_path: Path) -> None:

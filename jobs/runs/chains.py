@@ -13,7 +13,7 @@ from math import gcd
 
 from cluster.queue import Grid
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import BATCHES, hive_path
+from jobs.runs.parts import BATCHES, at, hive_path
 from rome.edits.sequences import Grouping
 from rome.options import ConfigError
 
@@ -75,6 +75,18 @@ def chains_of(config: RunConfig, editor: str, path: str, case_ids: list[int]) ->
             where = f"{path}/{hive_path(order=str(order), chain=str(number))}"
             chains.append(Chain(editor, order, some, grouping, where))
     return chains
+
+
+def rows_of(config: RunConfig, grid: Grid, chains: list[Chain]) -> dict[str, int]:
+    """The rows of a run's table, and how many of the run's each is made of."""
+    rows = {}
+    for editor in config.editors:
+        checkpoints = config.grouping(editor).checkpoints
+        for edits in checkpoints:
+            rows[at(editor, edits)] = edits * sum(chain.editor == editor for chain in chains)
+        if not checkpoints:
+            rows[editor] = len(grid)
+    return rows
 
 
 def with_chains(grid: Grid, chains: list[Chain]) -> Grid:

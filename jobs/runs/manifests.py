@@ -41,6 +41,12 @@ def read(
     return manifest
 
 
+def rows(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """The rows that a run is to have, for each row of its table; before 0.9 as many for each."""
+    of_each = dict.fromkeys(manifest["editors"], manifest["records"])
+    return {**of_each, **manifest.get("rows", {})}
+
+
 def of_runs(run_dirs: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Address -> manifest of each run directory, in their order.
 

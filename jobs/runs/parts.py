@@ -19,7 +19,6 @@ PARTS = "results/"
 BATCHES = "batches/"
 """Below PARTS, the parts whose rows are batches of chains (see jobs.runs.chains)."""
 _COLUMNS = ("benchmark", "model", "editor")
-"""The values of a path that rows have not."""
 
 
 def hive_path(**values: str) -> str:
@@ -61,11 +60,32 @@ def _scan(store: Store, parts: Sequence[str]) -> pl.LazyFrame:
     return pl.concat(
         [
             pl.scan_parquet(files, glob=False, hive_partitioning=False).with_columns(
-                **{key: pl.lit(hive_values(folder)[key]) for key in _COLUMNS}
+                **{key: pl.lit(value) for key, value in _columns(folder).items()}
             )
             for folder, files in folders.items()
         ]
     )
+
+
+def _columns(folder: str) -> dict[str, str]:
+    """The values of a path that rows have not."""
+    values = hive_values(folder)
+    found = {key: values[key] for key in _COLUMNS if key in values}
+    return found | ({"editor": row_of(folder)} if "edits" in values else {})
+
+
+def row_of(group: str) -> str:
+    """The row of tables that a group's parts are of. A checkpoint of a chain is one by itself,
+    `memit@1000` after a thousand edits; a chain's batches are in no table."""
+    values = hive_values(group)
+    if group.startswith(BATCHES):
+        return f"{values['editor']}, batches"
+    return at(values["editor"], values["edits"]) if "edits" in values else values["editor"]
+
+
+def at(editor: str, edits: int | str) -> str:
+    """The name of a checkpoint in tables."""
+    return f"{editor}@{edits}"
 
 
 def write_table(store: Store, name: str, frame: pl.DataFrame) -> None:

@@ -27,6 +27,7 @@ _READ = {
     for name in RESULT_SCHEMA.names
     if name.endswith(("_nll_new", "_nll_true", "_accuracy", "_accuracy_tokens", "_greedy"))
 } | dict.fromkeys(("target_new", "target_true", "neighborhood_target"), pl.String())
+_READ |= dict.fromkeys(("order", "edits", "age"), pl.Int32())
 
 
 def record_metrics() -> list[pl.Expr]:
@@ -54,10 +55,13 @@ def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
     S is the harmonic mean of the unrounded ES, PS and NS; a zero makes it 0.
 
     `n` counts the scored records, `dead` the dead letters, `duplicates` the rows dropped because
-    (run, editor, case_id) was there already; a scored row is kept in preference to a dead letter.
+    (run, editor, order, case_id) was there already; a scored row is kept in preference to a dead
+    letter. A checkpoint of a chain is an editor of its own here, over all orders together.
     """
     records, duplicates = _deduplicate(
-        with_metrics(rows).select(*GROUP, "case_id", "relation_id", "status", *METRICS).collect()
+        with_metrics(rows)
+        .select(*GROUP, "order", "case_id", "relation_id", "status", *METRICS)
+        .collect()
     )
     summary = records.group_by(*GROUP).agg(
         (pl.col("status") == OK).sum().alias("n"),
@@ -99,11 +103,12 @@ def _half_width(name: str) -> pl.Expr:
 
 def _deduplicate(rows: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The rows in the order of their keys, each key once; and per group how many went."""
-    records = rows.sort(*GROUP, "case_id", pl.col("status") != OK).unique(
-        (*GROUP, "case_id"), keep="first", maintain_order=True
+    key = ("order", "case_id")
+    records = rows.sort(*GROUP, *key, pl.col("status") != OK).unique(
+        (*GROUP, *key), keep="first", maintain_order=True
     )
     dropped = rows.group_by(*GROUP).agg(
-        (pl.len() - pl.col("case_id").n_unique()).cast(pl.Int64).alias("duplicates")
+        (pl.len() - pl.struct(key).n_unique()).cast(pl.Int64).alias("duplicates")
     )
     return records, dropped
 

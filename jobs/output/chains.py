@@ -1,0 +1,151 @@
+"""Chains as their run's own table and figure: a line a checkpoint, and curves over edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from cluster.store import Store
+from jobs.runs.parts import BATCHES, PARTS, collect, hive_values
+from rome.analysis import chains
+from rome.analysis.metrics import SUCCESSES
+from rome.data.results import OK
+
+_SCORES = ("S", *SUCCESSES, "GE", "RS")
+_DRIFT = ("perplexity", "perplexity_unedited", "agreement", "norm", "norm_change")
+
+
+def read(store: Store) -> pl.DataFrame:
+    """One row per (benchmark, model, chain, edits) of a run: `rome.analysis.chains.over_orders`,
+    and means over orders of drift and of the Frobenius norms of all edited weights together
+    (`norm`) and of what was changed in them (`norm_change`). Empty where it has no chains."""
+    found = chains.over_orders(collect(store, chains.by_order))
+    if found.is_empty():
+        return found
+    return found.with_columns(_chain()).join(_drift(store), on=["chain", "edits"], how="left")
+
+
+def _chain() -> pl.Expr:
+    return pl.col("editor").str.replace(r"@\d+$", "").alias("chain")
+
+
+def _drift(store: Store) -> pl.DataFrame:
+    names = store.list(f"{PARTS}{BATCHES}", ".parquet")
+    columns = ["status", "edits", *_DRIFT[:3], "weight_norms", "change_norms"]
+    frames = [
+        pl.DataFrame(store.read_table(name, columns)).with_columns(
+            chain=pl.lit(hive_values(name)["editor"])
+        )
+        for name in names
+    ]
+    whole = {"norm": "weight_norms", "norm_change": "change_norms"}
+    return (
+        pl.concat(frames)
+        .filter(status=OK)
+        .with_columns(
+            pl.col(lists).list.eval(pl.element() ** 2).list.sum().sqrt().alias(name)
+            for name, lists in whole.items()
+        )
+        .group_by("chain", "edits")
+        .agg(pl.col(_DRIFT).mean())
+    )
+
+
+def table(frame: pl.DataFrame) -> Table:
+    """What the table of all rows has not: how orders differ, and drift."""
+    found = Table(box=SIMPLE_HEAD, padding=0, title="Chains")
+    orders = max(frame["orders"].to_list())
+    found.caption = (
+        f"± is the deviation over {orders} orders. " if orders > 1 else ""
+    ) + "Perplexity and agreement: of held-out text, with the unedited model."
+    found.add_column("Editor")
+    for name in ("Edits", "S", *SUCCESSES, "perplexity", "agreement", "change"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for row in frame.to_dicts():
+        scores = [_with_std(row[name], row[f"{name}_std"]) for name in _SCORES[:4]]
+        found.add_row(
+            row["chain"],
+            str(row["edits"]),
+            *scores,
+            _written("{:.2f} of {:.2f}", row["perplexity"], row["perplexity_unedited"]),
+            _written("{:.1%}", row["agreement"]),
+            _written("{:.2%}", row["norm_change"], by=row["norm"]),
+        )
+    return found
+
+
+def _with_std(value: float | None, std: float | None) -> str:
+    return _written("{:.1f}", value) + ("" if std is None else f" ±{std:.1f}")
+
+
+def _written(form: str, *values: float | None, by: float | None = 1.0) -> str:
+    if by is None or any(value is None for value in values):
+        return "–"
+    return form.format(*(value / by for value in values if value is not None))
+
+
+def figure(frame: pl.DataFrame, ages: pl.DataFrame, title: str) -> Figure:
+    """Curves over edits, a panel a score; the last row has facts of the last checkpoint by age.
+
+    A band is one deviation over orders on either side of the mean.
+    """
+    names = [name for name in _SCORES if frame[name].count()]
+    drift = [name for name in ("perplexity", "agreement") if frame[name].count()]
+    aged = [name for name in SUCCESSES if name in names]
+    rows = [names, drift, aged] if drift else [names, aged]
+    columns = max(map(len, rows))
+    drawn = Figure(figsize=(2.6 * columns, 2.3 * len(rows)), layout="constrained")
+    panels = drawn.subplots(len(rows), columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for axes, name in [*zip(panels[0], names, strict=False), *zip(panels[1], drift, strict=False)]:
+        _curve(axes, frame, name)
+    for axes, name in zip(panels[-1], aged, strict=False):
+        _aged(axes, ages, name)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    drawn.suptitle(title)
+    return drawn
+
+
+def _curve(axes: Axes, frame: pl.DataFrame, name: str) -> None:
+    axes.set_visible(True)
+    for colour, (chain, of) in _coloured(frame):
+        x, y = of["edits"].to_numpy(), of[name].to_numpy()
+        axes.plot(x, y, color=colour, marker="o", markersize=3, label=chain)
+        if f"{name}_std" in of and of[f"{name}_std"].count():
+            std = of[f"{name}_std"].fill_null(0).to_numpy()
+            axes.fill_between(x, y - std, y + std, color=colour, alpha=0.2, linewidth=0)
+    axes.set_title(name)
+    axes.set_xlabel("edits")
+    if name == "perplexity":
+        axes.set_yscale("log")
+
+
+def _aged(axes: Axes, ages: pl.DataFrame, name: str) -> None:
+    axes.set_visible(True)
+    last = ages.filter(pl.col("edits") == pl.col("edits").max().over("chain"))
+    for colour, (_, of) in _coloured(last):
+        axes.plot(of["age"].to_numpy(), of[name].to_numpy(), color=colour)
+    axes.set_title(f"{name} of the last checkpoint")
+    axes.set_xlabel("edits since a fact's own")
+
+
+def _coloured(frame: pl.DataFrame) -> Sequence[tuple[str, tuple[str, pl.DataFrame]]]:
+    colours = mpl.color_sequences["tab10"]
+    chains_of = frame["chain"].unique(maintain_order=True).to_list()
+    return [
+        (mpl.colors.to_hex(colours[i % len(colours)]), (chain, frame.filter(chain=chain)))
+        for i, chain in enumerate(chains_of)
+    ]
+
+
+def ages(store: Store) -> pl.DataFrame:
+    """`rome.analysis.chains.by_age` of a run, with the name of the chain."""
+    return collect(store, chains.by_age).with_columns(_chain())
