@@ -203,6 +203,27 @@ def test_batches_follow_each_other(scored: Literal["after", "end"]) -> None:
     check_same(rows, [row | {"edit_steps": 3} for row in expected])
 
 
+def test_prune_damps_what_is_scored_and_not_what_edits_go_on_from() -> None:
+    model = tiny.model("gpt2")
+    name = model.weight_name(LAYER)
+    weight_KD = model.hf.get_parameter(name).detach()
+    largest = torch.linalg.matrix_norm(weight_KD, 2)
+    plain, damped = (Grouping(sequence=5, prune=prune) for prune in (False, True))
+    loud = replace(SETTINGS, value=replace(SETTINGS.value, learning_rate=20.0))
+    editor = Rome(model, loud, TEMPLATES, None, 300)
+    totals = [
+        grouped(model, editor, one).edit(REQUESTS)[-1].deltas[name] for one in (plain, damped)
+    ]
+    before_R, after_R = (torch.linalg.svdvals(dense(total)) for total in totals)
+    assert before_R[0] > largest
+    expected_R = torch.where(
+        before_R > largest,
+        torch.minimum((before_R / largest).log() + largest, before_R),
+        before_R,
+    )
+    assert torch.allclose(after_R, expected_R.sort(descending=True).values, rtol=1e-9, atol=1e-9)
+
+
 def test_a_failed_edit_leaves_the_weights_as_they_were() -> None:
     model = tiny.model("gpt2")
     before = model.fingerprint()

@@ -11,6 +11,7 @@ import torch
 from rome.data.records import Request
 from rome.editors import ChainEditor, Editor, JointEditor, State
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, cheapest, dense, written
+from rome.edits.regularised import pruned
 from rome.models import EditableModel
 
 
@@ -38,6 +39,9 @@ class Grouping:
     orders: int = 1
     """Chains of the same records, each in an order of its own: the first as the records lie, the
     others shuffled with the seeds 1, 2, ..."""
+    prune: bool = False
+    """Scored is the model with the change of all edits damped, see `regularised.pruned`; the edits
+    go on from what they were."""
 
     def __post_init__(self) -> None:
         sizes = (self.edits_per_model, self.sequence, self.orders)
@@ -114,7 +118,12 @@ class Chain:
 
     def scored(self, state: ChainState) -> Mapping[str, Delta]:
         """The change of the model on which facts are scored."""
-        return state.total
+        if not self.grouping.prune:
+            return state.total
+        return {
+            name: DenseDelta(pruned(self._weight(name), dense(delta)))
+            for name, delta in state.total.items()
+        }
 
     def _edit(self, state: ChainState, batch: Sequence[Request]) -> tuple[Edit, State]:
         # One write of all edits before, so that a weight is rounded to its dtype only once.
@@ -126,6 +135,12 @@ class Chain:
                 return edit, {}
             assert isinstance(self._editor, JointEditor)
             return self._editor.edit_together(batch), {}
+
+    def _weight(self, name: str) -> torch.Tensor:
+        weight = self._model.hf.get_parameter(name).detach()
+        if self._model.family.transposed:
+            weight = weight.T
+        return weight.reshape(self._model.sizes(name))
 
 
 _SCORED_TOGETHER = 8
@@ -176,9 +191,8 @@ class _Grouped:
         for start in range(0, len(requests), step):
             some = requests[start : start + step]
             health, self._state = self._chain.go_on(self._state, some)
-            edits += [
-                Edit(request, self._state.total, h) for request, h in zip(some, health, strict=True)
-            ]
+            deltas = self._chain.scored(self._state)
+            edits += [Edit(request, deltas, h) for request, h in zip(some, health, strict=True)]
         return edits
 
 
