@@ -20,6 +20,8 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import torch
+import transformers
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
@@ -28,9 +30,11 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.metrics import Counter, Histogram, Metric
 
 from cluster.metrics import Metrics
+from cluster.store import Store
 from jobs.inputs.record_stores import prepare
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
+from tests.programs import matrices
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +253,94 @@ def test_the_documentation_names_every_blank_and_every_file() -> None:
     assert lines
     for line in lines:
         run_of(line)
+
+
+# Memory.
+
+
+MACHINES_GIB = {"m5.large": 8, "g5.2xlarge": 32, "e2-standard-2": 8, "g2-standard-8": 32}
+"""Of the machines that are rented, as the clouds list them."""
+RAY_HEAD_GIB = 2.0
+"""Of Ray's own processes on a head: GCS, dashboard, raylet, agents."""
+SYSTEM_GIB = 1.0
+"""What a machine keeps for itself: the system, and Docker."""
+
+
+def memory_gib() -> dict[str, tuple[float, float]]:
+    """Memory of the head and of a worker, by the file that asks for them."""
+    found = {}
+    for name, cluster in clusters().items():
+        head, worker = (
+            containers(pod)[0]["resources"]["limits"]["memory"] for pod in pods(cluster)
+        )
+        found[name] = (float(head.removesuffix("Gi")), float(worker.removesuffix("Gi")))
+    for name, key in (("aws", "InstanceType"), ("gcp", "machineType")):
+        types = load(f"{name}.yaml")["available_node_types"]
+        head, worker = (MACHINES_GIB[types[kind]["node_config"][key]] for kind in ("head", "gpu"))
+        found[name] = (head - SYSTEM_GIB, worker - SYSTEM_GIB)
+    return found
+
+
+def gpt_j() -> tuple[float, int]:
+    """GiB of its weights in bfloat16, and the size of its keys."""
+    with torch.device("meta"):
+        hf: Any = transformers.AutoModelForCausalLM.from_config(transformers.GPTJConfig())
+    size = sum(parameter.numel() for parameter in hf.parameters()) * 2 / 2**30
+    return size, hf.get_parameter("transformer.h.0.mlp.fc_out.weight").shape[1]
+
+
+def peak_gib(program: str) -> float:
+    """The peak of a Python program, which prints it last."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+DRIVER = """
+import torch, transformers
+import jobs.evaluate
+from cluster.queue import Grid
+from tests.programs.matrices import _peak_gb
+with torch.device("meta"):
+    transformers.AutoModelForCausalLM.from_config(transformers.GPTJConfig())
+grid = Grid((tuple(range(21_919)),), 16)
+done = {(f"editor={n}", case) for n in range(11) for case in range(21_919)}
+print(_peak_gb())
+"""
+
+
+def test_a_driver_fits_into_every_head() -> None:
+    """It holds no weight and no matrix: an outline of the model, and what is done by key."""
+    needed = peak_gib(DRIVER) + RAY_HEAD_GIB
+    assert needed < 4
+    for name, (head, _) in memory_gib().items():
+        # Ray keeps 30 % for objects, of which a run has none of size.
+        assert needed <= 0.7 * head, name
+
+
+def test_gpt_j_with_six_layers_of_memit_fits_into_every_worker(tmp_path: Path) -> None:
+    """Its host holds the mapped factors of C beside a process; before that, the weights on their
+    way to the card; and while C is made, what merging and factoring a layer takes."""
+    weights_gib, K = gpt_j()
+    layers = configs.load(
+        ROOT / "configs/runs/table4-gpt-j.yaml", ["editors={memit: {}}"]
+    ).model.editors["memit"]["layers"]
+    assert (K, len(layers)) == (16_384, 6)
+    matrix_gib = 8 * K**2 / 2**30
+    process_gib = peak_gib(DRIVER)
+    # In matrices, at a size that is quick: each is one of K^2, in float64.
+    small = 2048
+    matrices.parts(Store(tmp_path), small)
+    command = [sys.executable, "-m", "tests.programs.matrices", "write", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    matrices_held = json.loads(done.stdout)["peak_GB"] / (8 * small**2 / 2**30)
+    assert 2 < matrices_held < 10
+    needed = process_gib + max(
+        len(layers) * matrix_gib, 1.25 * weights_gib, matrices_held * matrix_gib
+    )
+    assert needed > 13
+    for name, (_, worker) in memory_gib().items():
+        assert needed <= worker, name
 
 
 # Slurm.

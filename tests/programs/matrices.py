@@ -48,7 +48,7 @@ def parts(store: Store, K: int) -> None:
 def write(folder: Path) -> None:
     """Merge, factor, estimate the condition number, save."""
     grid = Grid((tuple(range(PARTS)),), 1)
-    moments.write(Store(folder), grid, 0, _ORIGIN, folder / "c.safetensors", "cpu")
+    moments.write(Store(folder), grid, 0, _ORIGIN, Store(folder / "c.safetensors"), "cpu")
 
 
 def open_mapped(folder: Path) -> None:
@@ -88,4 +88,4 @@ if __name__ == "__main__":
     before, began = _peak_gb(), time.perf_counter()
     WAYS[sys.argv[1]](Path(sys.argv[2]))
     seconds, peak = time.perf_counter() - began, _peak_gb() - before
-    print(json.dumps({"seconds": round(seconds, 1), "peak_GB": round(peak, 2)}))
+    print(json.dumps({"seconds": round(seconds, 1), "peak_GB": round(peak, 3)}))

@@ -24,7 +24,7 @@ from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
-from tests.programs import boots, matrices, trainings
+from tests.programs import boots, matrices, readers, trainings
 from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
@@ -170,6 +170,7 @@ OTHERS = {
     "matrices": lambda: [matrices.measure(name) for name in matrices.SIZES],
     "training": trainings.measure,
     "boot": boots.measure,
+    "readers": readers.measure,
 }
 """Measured by programs of their own, without a bound."""
 
