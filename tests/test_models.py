@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from rome import models
 from rome.models import EditableModel, families, files
+from rome.models.editable import checksum
 from rome.models.families import FAMILIES, UnsupportedModelError
 from tests.support import tiny
 from tests.support.tiny import close
@@ -112,6 +113,16 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
     for layer in (-1, 3):
         with pytest.raises(ValueError, match="from 0 to 2"):
             model.down_projection(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 2, (1 << 17) - 1, 1 << 17, (1 << 17) + 1, 400_001])
+def test_a_checksum_is_the_sum_of_bits_times_odd_weights(count: int, dtype: torch.dtype) -> None:
+    """Whatever it is added up in: manifests of earlier runs hold such sums."""
+    tensor = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bits = tensor.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).to(torch.int64)
+    weights = torch.arange(len(bits)) * 0x5851F42D4C957F2D | 1
+    assert checksum(tensor) == int((bits * weights).sum())
 
 
 @pytest.mark.parametrize("dtype", list(models.DTYPES))
