@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from rome.editors import JointEditor
+from rome.editors import JointEditor, contexts
 from rome.editors.memit import Memit, MemitSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta
@@ -139,3 +142,33 @@ def test_models_and_layers_that_it_cannot_edit_are_refused() -> None:
         MemitSettings(second_moment_weight=0)
     with pytest.raises(ValueError, match="the first context template"):
         Memit(tiny.model("gpt2"), CLAMPED, ["no {}"], {}, BUDGET)
+
+
+class Sizes(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.itemsize)
+        return made
+
+
+def test_many_facts_take_a_key_each_whatever_the_contexts() -> None:
+    """In float64 no more than facts x keys, or keys x keys: 1.3 and 2.1 GB for ten thousand facts
+    of GPT-J, whose keys of all contexts are 3.9 GB in float32 already."""
+    model = tiny.model("gpt2", "float32")
+    editor = memit(model, MEMIT)
+    K, times = 40, 60
+    chosen = [contexts.contexts(model, request, editor.templates) for request in REQUESTS]
+    found = editor._values(REQUESTS, chosen) * times
+    requests, chosen = REQUESTS * times, chosen * times
+    with Sizes() as sizes:
+        (deltas,) = editor._insert(requests, chosen, found, together=True)
+    assert len(deltas) == len(MEMIT.layers)
+    bound = 8 * K * max(K, len(requests))
+    assert bound < 4 * len(editor.templates) * len(requests) * K
+    assert bound / 2 < sizes.largest <= bound

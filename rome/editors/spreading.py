@@ -192,6 +192,7 @@ class Spreading(ABC):
         for that of all. One edit of all is written, because its rank is that of them all.
         """
         model, last, C = self.model, self.settings.layers[-1], len(self.templates)
+        wide = torch.promote_types(model.dtype, torch.float32)
         rows = [_until_subject(request) for request in chosen]
         lengths = [C * max(map(len, of_request)) for of_request in rows]
 
@@ -211,7 +212,13 @@ class Spreading(ABC):
                 batch = padded.ids_BT, padded.mask_BT, padded.positions_BT
                 model.run(*batch, base=model.up_to(last))
             keys_BK, states_ED = seen
-            return list(zip(keys_BK.unflatten(0, (-1, C)), states_ED, strict=True))
+            # Of ten thousand facts, the keys of all contexts are several times those that count.
+            keys_ECK = keys_BK.unflatten(0, (-1, C)).to(wide)
+            keys_EK = keys_ECK.mean(1)
+            if self.settings.keys != "mean":
+                bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
+                keys_EK = (bare_EK + sampled_EK) / 2
+            return list(zip(keys_EK, states_ED, strict=True))
 
         with written(model, edits[0]) if together else nullcontext():
             found = memory.in_batches(
@@ -219,14 +226,10 @@ class Spreading(ABC):
                 memory.by_length(lengths, self.token_budget),
                 run,
             )
-        wide = torch.promote_types(model.dtype, torch.float32)
-        keys_ECK, states_ED = (
+        keys_EK, states_ED = (
             torch.stack(x).to(model.device, wide) for x in zip(*found, strict=True)
         )
-        if self.settings.keys == "mean":
-            return keys_ECK.mean(1), states_ED
-        bare_EK, sampled_EK = keys_ECK[:, 0], keys_ECK[:, min(1, C - 1) :].mean(1)
-        return (bare_EK + sampled_EK) / 2, states_ED
+        return keys_EK, states_ED
 
 
 class Remembering(Spreading):
