@@ -84,8 +84,9 @@ def local_copy(source: str) -> str:
     key = hashlib.sha256(repr((os.path.realpath(path), stats)).encode()).hexdigest()
     folder = cache_folder() / "models" / f"{Path(path).name}-{key[:16]}"
     with _made_once(folder) as empty:
-        for file in files if empty is not None else ():
-            _copy(file, empty / file.name)
+        if empty is not None:
+            for file in files:
+                _copy(file, empty / file.name)
     return str(folder)
 
 
