@@ -73,13 +73,25 @@ def ways_of_cuda(device: str) -> AbstractContextManager[Any]:
 
 
 def _agrees(device: str, family: str, name: str, report: Report) -> None:
+    if name.startswith("edit lora") and not _has_peft():
+        report.left_out.append(f"{family}, {name}: it needs peft, which is not installed")
+        return
     asked = COMPUTATIONS[name]
     expected = asked.compute(asked.make(family, "float32"))
     with ways_of_cuda(device):
         found = asked.compute(moved(asked.make(family, "float32"), device))
     apart = distance(found, expected)
-    allowed = ADAM_ROUNDING if name.startswith(("edit ft", "edit attnedit")) else ROUNDING
+    adam = name.startswith(("edit ft", "edit attnedit", "edit lora"))
+    allowed = ADAM_ROUNDING if adam else ROUNDING
     report.check(f"{family}, {name}, on {device}", apart <= allowed, f"{apart:.1e} from the CPU")
+
+
+def _has_peft() -> bool:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _comes_back(device: str, family: str, name: str, report: Report) -> None:
