@@ -296,7 +296,7 @@ def _chained(build: Callable[[EditableModel], ChainEditor], model: EditableModel
     with written(model, first):
         second, last = editor.edit_batch(ENDING[2:], state)
     changes = [[dense(e.deltas[name]).cpu() for name in sorted(e.deltas)] for e in (first, second)]
-    return changes, [last[name].cpu() for name in sorted(last)]
+    return changes, [last[name].cpu().double() for name in sorted(last)]
 
 
 COMPUTATIONS: dict[str, Computation] = {
