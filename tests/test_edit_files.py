@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.store import Store
+from cluster.store import DamagedError, MissingError, Store
 from jobs.evaluate import evaluate
 from jobs.inputs import record_stores
 from jobs.inputs.record_stores import grid_of
 from jobs.runs import config as configs
+from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
@@ -201,6 +203,29 @@ def test_a_run_scores_the_edits_of_another_without_editing(
     assert not (tmp_path / "third").exists()
 
 
+def test_records_out_of_sight_are_the_stores_fault(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    records = Store(tmp_path / "everyday")
+    grid = grid_of(records, config.records, 2)
+    name = records.list("shard-")[0]
+    whole, first = records.read_table(name), next(grid.leases("benchmark=e/model=m/editor=rome"))
+
+    def task() -> EvaluationTask:
+        return EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES)))
+
+    records.write_table(name, whole.slice(1))
+    with pytest.raises(DamagedError, match="in one of its shards"):
+        task().run(first)
+    records.delete(name)
+    with pytest.raises(MissingError, match=name):
+        task().run(first)
+    records.write_table(name, whole)
+    manifest = json.loads(records.read_bytes("manifest.json"))
+    manifests.write(records, {**manifest, "reference_texts": 3})
+    with pytest.raises(MissingError, match="reference_texts"):
+        task()
+
+
 def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
     config = run_config(tmp_path, "keep_edits=true")
     records = Store(tmp_path / "everyday")
@@ -210,6 +235,7 @@ def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
     task = EvaluationTask(Evaluation(config, records, grid, tuple(TEMPLATES), run=kept))
     first = next(grid.leases(group))
     kept.write_table(f"results/{first.part}", task.run(first))
+    manifests.write(kept, {"name": "kept", "editors": ["rome"], "records": first.rows})
     other = replace(config, edits=kept.uri)
     scorer = EvaluationTask(Evaluation(other, records, grid, ()))
     assert scorer.run(first)["edit_norm"].to_pylist() == task.run(first)["edit_norm"].to_pylist()
@@ -218,6 +244,15 @@ def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
     assert all("keeps no edit of case" in row["error"] for row in missing)
     with pytest.raises(ValueError, match="keep_edits: true"):
         scorer.run(next(grid.leases(group.replace("rome", "ft"))))
+    # Rows, or their edits, that are out of sight are the store's fault, and no record's.
+    manifests.write(kept, {"name": "kept", "editors": ["rome"], "records": first.rows + 1})
+    scorer = EvaluationTask(Evaluation(other, records, grid, ()))
+    with pytest.raises(DamagedError, match="it must be finished, and have all its files"):
+        scorer.run(list(grid.leases(group))[1])
+    kept.delete(f"edits/{first.part.replace('.parquet', '.safetensors')}")
+    with pytest.raises(MissingError):
+        scorer.run(first)
+    kept.write_table(f"results/{first.part}", task.run(first))
     # The same case ids of other facts.
     stored = stored_edits.StoredEdits(kept, group, task.model, task.fingerprint)
     with pytest.raises(ValueError, match=r"the edit of .* but the record asks for"):

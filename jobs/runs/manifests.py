@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.clock import REAL, Clock
 from cluster.lock import RunLock
-from cluster.store import Store
+from cluster.store import DamagedError, Store
 from jobs.runs import config as configs
 from rome.files import locked, replacing
 from rome.models.files import cache_folder
@@ -24,18 +24,18 @@ def read(
     keys: Collection[str] = _OF_A_RUN,
     way_out: str = "Give the directory that jobs.evaluate wrote to.",
 ) -> dict[str, Any]:
-    """Raises ValueError with the way out where there is none, or it is not whole."""
+    """Raises DamagedError with the way out where there is none, or it is not whole."""
     try:
         manifest: dict[str, Any] = json.loads(store.read_bytes(MANIFEST))
     except FileNotFoundError:
-        raise ValueError(
+        raise DamagedError(
             f"{store.uri} is not a run directory: it has no {MANIFEST}. {way_out}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{store.uri}/{MANIFEST} is damaged ({error}). {way_out}") from None
+        raise DamagedError(f"{store.uri}/{MANIFEST} is damaged ({error}). {way_out}") from None
     if not isinstance(manifest, dict) or (missing := set(keys) - manifest.keys()):
         lacks = ", ".join(sorted(missing)) if isinstance(manifest, dict) else "everything"
-        raise ValueError(
+        raise DamagedError(
             f"{store.uri}/{MANIFEST} is damaged or of something else: it lacks {lacks}. {way_out}"
         )
     return manifest
@@ -99,9 +99,12 @@ def write(store: Store, manifest: Mapping[str, Any]) -> None:
 
 
 def unchanged(known: dict[str, str], what: str) -> str:
-    """A `file` whose content still has the `sha256` that the manifest says."""
+    """A `file` whose content still has the `sha256` that the manifest says.
+
+    Raises DamagedError where it is another, and MissingError.
+    """
     if (now := file_sha256(known["file"])) != known["sha256"]:
-        raise ValueError(
+        raise DamagedError(
             f"{known['file']} must be the {what} that the run began with: its sha256 "
             f"was {known['sha256'][:16]} and is {now[:16]}; restore it, or begin another run"
         )
@@ -120,7 +123,7 @@ def at_hand(known: dict[str, str], what: str) -> Path:
     """A `file` of a manifest on this machine, checked by its `sha256`.
 
     A file in an object store is downloaded once for all processes of a machine, into the cache; it
-    gets its name there when it is whole. Raises ValueError where the content is another.
+    gets its name there when it is whole. Raises as `unchanged`.
     """
     store, sha256 = Store(known["file"]), known["sha256"]
     if store.is_local:

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.queue import Grid, Lease
-from cluster.store import Store
+from cluster.store import DamagedError, Store
 from cluster.worker import describe_error
 from jobs.inputs import corpus
+from jobs.runs import manifests
 from jobs.runs.chains import Chain
 from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.manifests import at_hand
@@ -143,6 +144,7 @@ class EvaluationTask:
                 self.token_budget,
             )
         self._stored = cache(self._stored_edits)
+        self.references = _references(evaluation.records)
         if config.scoring.generation:
             words("")  # GE's data is missed now, and not after the first lease.
 
@@ -216,12 +218,18 @@ class EvaluationTask:
 
     def _records(self, ids: Sequence[int]) -> list[Record]:
         """The records of case ids, in their order."""
+        evaluation = self.evaluation
         shards = {self._shard_of[case_id]: None for case_id in ids}
         found: dict[int, Record] = {}
         for number in shards:
             shard = self._shard(number)
             chosen = shard.filter(pc.is_in(shard["case_id"], value_set=pa.array(ids)))
             found |= {record.case_id: record for record in records.from_table(chosen)}
+        if missing := set(ids) - found.keys():
+            raise DamagedError(
+                f"{evaluation.records.uri} had case {min(missing)} in one of its shards "
+                f"{sorted(shards)} when the run began, and has it no more; restore them"
+            )
         return [found[case_id] for case_id in ids]
 
     def _scored(
@@ -259,15 +267,6 @@ class EvaluationTask:
         run = Store(self.evaluation.config.edits)
         return StoredEdits(run, group, self.model, self.fingerprint)
 
-    @cached_property
-    def references(self) -> ReferenceTexts | None:
-        store = self.evaluation.records
-        if not store.exists("reference_texts.parquet"):
-            return None
-        return ReferenceTexts(
-            store.read_table("reference_texts.parquet"), store.read_table("reference_tfidf.parquet")
-        )
-
     def _solver(self, layer: int) -> Solver:
         known = self.evaluation.second_moments[layer]
         return second_moment.load_solver(at_hand(known, "second moment"))
@@ -285,6 +284,16 @@ class EvaluationTask:
             self._weights,
         )
         return EDITORS[kind].build(resources, settings)
+
+
+def _references(store: Store) -> ReferenceTexts | None:
+    """The reference texts that a store has by its manifest: they may be out of sight now."""
+    way_out = "Prepare the records again with jobs.prepare."
+    if not manifests.read(store, ("reference_texts",), way_out)["reference_texts"]:
+        return None
+    return ReferenceTexts(
+        store.read_table("reference_texts.parquet"), store.read_table("reference_tfidf.parquet")
+    )
 
 
 def held_out(config: ModelConfig) -> list[list[int]]:

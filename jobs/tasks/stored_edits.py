@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from cluster.queue import Lease
-from cluster.store import Store
+from cluster.store import DamagedError, Store
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
@@ -45,22 +45,29 @@ def _file_of(part: str) -> str:
 class StoredEdits:
     """The edits of one editor of a run that kept them.
 
-    Raises ValueError where it kept none.
+    Raises DamagedError where it kept none, or they are out of sight.
     """
 
     def __init__(self, run: Store, group: str, model: EditableModel, fingerprint: str) -> None:
         self._run, self._model, self._fingerprint = run, model, fingerprint
         kept = set(run.list(f"{_EDITS}/{group}/", ".safetensors"))
         self._places: dict[int, tuple[str, int]] = {}
+        self._without: dict[int, str | None] = {}
+        """Records whose row has no edit, and its error."""
         for name in run.list(f"{_RESULTS}/{group}/", ".parquet"):
-            if (file := _file_of(name.removeprefix(f"{_RESULTS}/"))) in kept:
-                ids = run.read_table(name, ["case_id"])["case_id"].to_pylist()
+            file = _file_of(name.removeprefix(f"{_RESULTS}/"))
+            table = run.read_table(name, ["case_id", "error"])
+            ids = table["case_id"].to_pylist()
+            if file in kept:
                 self._places |= {case_id: (file, row) for row, case_id in enumerate(ids)}
+            else:
+                self._without |= zip(ids, table["error"].to_pylist(), strict=True)
         if not self._places:
-            raise ValueError(
+            raise DamagedError(
                 f"{run.uri} keeps no edits of {group}: make that run with keep_edits: true, in the "
                 "same benchmark"
             )
+        self._records = manifests.read(run)["records"]
         # Leases follow each other in the parts.
         self._read = lru_cache(maxsize=1)(self._load)
 
@@ -69,8 +76,15 @@ class StoredEdits:
         return _Looked(self, case_ids)
 
     def find(self, case_id: int, request: Request) -> Edit:
-        """Raises RecordError where the record's edit is not there, or of another request."""
+        """Raises RecordError where the record has no edit, or one of another request, and
+        DamagedError where its edit is out of sight."""
         if case_id not in self._places:
+            rows = len(self._places.keys() | self._without)
+            if self._without.get(case_id, "") is None or rows < self._records:
+                raise DamagedError(
+                    f"{self._run.uri} shows no edit of case {case_id}, and {rows} of its "
+                    f"{self._records} rows: it must be finished, and have all its files"
+                )
             raise RecordError(f"{self._run.uri} keeps no edit of case {case_id}")
         file, row = self._places[case_id]
         edit = self._read(file)[row]
@@ -83,7 +97,10 @@ class StoredEdits:
 
     def _load(self, file: str) -> list[Edit]:
         data, where = self._run.read_bytes(file), f"{self._run.uri}/{file}"
-        return edit_files.loads(data, self._model, self._fingerprint, where)[0]
+        try:
+            return edit_files.loads(data, self._model, self._fingerprint, where)[0]
+        except ValueError as error:  # That they are of this model was checked before the run.
+            raise DamagedError(str(error)) from error
 
 
 @dataclass(frozen=True)
