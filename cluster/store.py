@@ -118,7 +118,26 @@ class Store:
         with self._as_store_error():
             self._write(self._path(name), data)
 
-    def _write(self, path: str, data: bytes | pa.Buffer) -> None:
+    def create(self, name: str, data: bytes) -> bool:
+        """Commit a file if there is none of that name; returns whether.
+
+        Nobody comes between on a local folder, in an object store only between look and write.
+        """
+        if self.exists(name):
+            return False
+        with self._as_store_error():
+            try:
+                self._write(self._path(name), data, os.link)
+            except FileExistsError:
+                return False
+        return True
+
+    def _write(
+        self,
+        path: str,
+        data: bytes | pa.Buffer,
+        commit: Callable[[str, str], None] = os.replace,
+    ) -> None:
         if not self.is_local:
             # One write of everything: an object store shows the object when the stream closes, and
             # also when an abandoned stream is garbage collected, so nothing may fail in between.
@@ -133,11 +152,10 @@ class Store:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
+            commit(temporary, path)
+        finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-            raise
 
     def write_table(self, name: str, table: pa.Table) -> int:
         """Commit a table as one Parquet file, whose size is returned; one there is replaced."""

@@ -62,6 +62,13 @@ def test_exists_replace_and_delete(store: Store) -> None:
         store.read_bytes("x/y.json")
 
 
+def test_only_the_first_creates(store: Store) -> None:
+    assert store.create("x/manifest.json", b"1")
+    assert not store.create("x/manifest.json", b"2")
+    assert store.read_bytes("x/manifest.json") == b"1"
+    assert store.list() == ["x/manifest.json"]
+
+
 @pytest.mark.parametrize("content", [b"not parquet at all", b"", None])
 def test_a_broken_part_is_named(store: Store, content: bytes | None) -> None:
     if content is None:

@@ -85,17 +85,21 @@ def claim(
     `of_another` does not refuse it. Raises LockedError while another driver works there.
     """
     with RunLock(store.sub("results"), clock=clock):
-        if store.exists(MANIFEST):
-            there = read(store, manifest.keys())
-            of_another(there)
-            return there
-        write(store, manifest)
-    return manifest
+        # A driver that was stopped here for long finds its lock, and the manifest, taken.
+        if store.create(MANIFEST, _encoded(manifest)):
+            return manifest
+        there = read(store, manifest.keys())
+        of_another(there)
+        return there
 
 
 def write(store: Store, manifest: Mapping[str, Any]) -> None:
     """Commit a manifest in a folder whose lock is held."""
-    store.write_bytes(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    store.write_bytes(MANIFEST, _encoded(manifest))
+
+
+def _encoded(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, ensure_ascii=False).encode()
 
 
 def unchanged(known: dict[str, str], what: str) -> str:

@@ -3,7 +3,8 @@
 `Simulation(seed).finish()` makes a world with a choice of faults, begins a run in it, begins it
 again whenever it has ended before all was done, and checks on the way and at the end that
 
-- a row that is committed stays (a reader finds it, or another of its record without an error);
+- a row that a driver has counted stays (a reader finds it, or another of its record without an
+  error), and any row gives way only to a dead letter of its record;
 - the driver counts nothing as done that is not in the store;
 - each record has one row for a reader at the end, with the right value, of the manifest's config;
 - an error is a record's only if the record is bad, or its worker was struck while doing it alone as
@@ -413,8 +414,9 @@ class Simulation:
         self.outcomes: list[Outcome] = []
         self.refused = 0
         self.bad: dict[tuple[str, int], str] = {}
-        self.committed: set[tuple[str, int]] = set()
         self.damaged: set[tuple[str, int]] = set()
+        self.counted: set[tuple[str, int]] = set()
+        """Rows without an error that a driver has counted."""
         self.hits: Counter[tuple[str, int]] = Counter()
         self.runs: Counter[tuple[str, str, int]] = Counter()
         self.excuses: Counter[tuple[str, str, int]] = Counter()
@@ -756,10 +758,12 @@ class Simulation:
         for key, error in before.items():
             if key not in after or (error is None and after[key] is not None):
                 there = self._there()
-                if key not in there or (error is None and there[key] is not None):
+                worse = error is None and there.get(key) is not None
+                if key not in there or (worse and key in self.counted):
                     raise ViolationError(f"the row of {key} in {name} is lost")
 
     def check_done(self, table: LeaseTable) -> None:
+        self.counted |= table.done - table.dead.keys()
         missing = table.done - self._there().keys() - self.damaged
         if missing:
             raise ViolationError(f"{sorted(missing)} count as done and are not in the store")

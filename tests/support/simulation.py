@@ -299,6 +299,15 @@ class SimulatedStore(Store):
         disk.world.tell(process.name, lambda: f"wrote {path}")
         self._done(process, disk, "write", name)
 
+    def create(self, name: str, data: bytes) -> bool:
+        disk, process, path = self._begin("write", name)
+        if path in disk.files:
+            return False
+        disk.put(path, data, process.node)
+        disk.world.tell(process.name, lambda: f"created {path}")
+        self._done(process, disk, "write", name)
+        return True
+
     def write_table(self, name: str, table: pa.Table) -> int:
         self.write_bytes(name, TableBytes.of(table))
         return int(table.nbytes)
