@@ -11,8 +11,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster import index
 from cluster.clock import REAL, Clock
-from cluster.store import DamagedError, Store
+from cluster.index import Rows
+from cluster.store import DamagedError, Stat, Store
 
 Key = tuple[str, int]
 NODE_LOSSES = 5
@@ -107,26 +109,31 @@ class Grid:
 class Found:
     """The rows of some parts: each with its error or None, and how many rows were there twice.
 
-    damaged: the parts that are no whole Parquet files.
+    damaged: the parts that are no whole Parquet files. rows: those of each other part.
     """
 
     errors: dict[Key, str | None]
     duplicates: int
     damaged: list[str]
+    rows: dict[str, Rows]
 
 
-def read_parts(store: Store, names: Sequence[str], clock: Clock = REAL) -> Found:
+def read_parts(
+    store: Store,
+    names: Iterable[str],
+    clock: Clock = REAL,
+    known: Mapping[str, Rows] | None = None,
+) -> Found:
     """Read which rows the parts hold. Of two rows of one key, one without an error counts.
 
-    A part is damaged if it still is after a second: some stores show a part while it is written.
+    What is `known` of parts is not read. A part is damaged if it still is after a second: some
+    stores show a part while it is written.
     Raises ValueError naming the file where a part has no case ids.
     """
-    found: dict[Key, str | None] = {}
-    rows = 0
+    rows: dict[str, Rows] = dict(known or {})
     odd: list[str] = []
 
     def look(names: Sequence[str]) -> None:
-        nonlocal rows
         for name, table in zip(names, store.read_tables(names, ("case_id", "error")), strict=True):
             if isinstance(table, DamagedError):
                 odd.append(name)
@@ -139,18 +146,20 @@ def read_parts(store: Store, names: Sequence[str], clock: Clock = REAL) -> Found
             ids, errors = table["case_id"].to_pylist(), [None] * table.num_rows
             if "error" in table.column_names:
                 errors = table["error"].to_pylist()
-            group = name.rpartition("/")[0]
-            rows += len(ids)
-            for case_id, error in zip(ids, errors, strict=True):
-                if error is None or (group, case_id) not in found:
-                    found[group, case_id] = error
+            rows[name] = ids, errors
 
-    look(names)
+    look([name for name in names if name not in rows])
     if odd:
         clock.sleep(WRITTEN_SECONDS)
         again, odd = odd, []
         look(again)
-    return Found(found, rows - len(found), odd)
+    found: dict[Key, str | None] = {}
+    for name, (ids, errors) in rows.items():
+        group = name.rpartition("/")[0]
+        for case_id, error in zip(ids, errors, strict=True):
+            if error is None or (group, case_id) not in found:
+                found[group, case_id] = error
+    return Found(found, sum(len(ids) for ids, _ in rows.values()) - len(found), odd, rows)
 
 
 class LeaseTable:
@@ -185,9 +194,7 @@ class LeaseTable:
         self._held: dict[Key, list[Lease]] = {}
         self.set_aside: list[str] = []
         """The new places of damaged parts."""
-        found = self._read(
-            [name for group in groups for name in store.list(f"{group}/part-", ".parquet")]
-        )
+        found = self._read_all(groups)
         self._refuse_strangers(found)
         self.duplicates = found.duplicates
         self.done: set[Key] = set()
@@ -322,9 +329,20 @@ class LeaseTable:
     def _is_done(self, lease: Lease) -> bool:
         return self.done.issuperset(self._keys(lease))
 
-    def _read(self, names: Sequence[str]) -> Found:
-        found = read_parts(self._store, names, self._clock)
+    def _read(self, names: Iterable[str], known: Mapping[str, Rows] | None = None) -> Found:
+        found = read_parts(self._store, names, self._clock, known)
         self.set_aside += [self._store.set_aside(name) for name in found.damaged]
+        return found
+
+    def _read_all(self, groups: Sequence[str]) -> Found:
+        """Read the parts of groups, opening those that the index does not know as they are."""
+        parts: dict[str, Stat] = {}
+        for group in groups:
+            parts |= self._store.stats(f"{group}/part-", ".parquet")
+        known = index.known(self._store, parts)
+        found = self._read(sorted(parts), known)
+        if len(parts) - len(known) > index.WORTHWHILE:
+            index.save(self._store, parts, found.rows)
         return found
 
     def _elsewhere(self, lease: Lease) -> bool:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -36,6 +36,13 @@ class MissingError(StoreError, FileNotFoundError):
 
 class DamagedError(ValueError):
     """A file is not what its name says."""
+
+
+class Stat(NamedTuple):
+    """Bytes of a file, and when it was committed, by the store's clock, to the microsecond."""
+
+    size: int
+    committed: datetime
 
 
 def retry(call: Callable[[], _T], seconds: float, clock: Clock = REAL) -> _T:
@@ -239,10 +246,14 @@ class Store:
         Files and folders whose own name starts with `.` or `_` are not there; nor is anything in a
         folder that does not exist.
         """
-        return sorted(self.written(prefix, suffix))
+        return sorted(self.stats(prefix, suffix))
 
     def written(self, prefix: str = "", suffix: str = "") -> dict[str, datetime]:
         """The names that `list` gives, and when each was committed, by the store's clock."""
+        return {name: stat.committed for name, stat in self.stats(prefix, suffix).items()}
+
+    def stats(self, prefix: str = "", suffix: str = "") -> dict[str, Stat]:
+        """The names that `list` gives, with the size and the time of each."""
         filesystem, root = self._opened
         folder = self._path(posixpath.dirname(prefix))
         with self._as_store_error():
@@ -250,13 +261,13 @@ class Store:
                 fs.FileSelector(folder, recursive=True, allow_not_found=True)
             )
         names = {
-            posixpath.relpath(info.path, root): info.mtime
+            posixpath.relpath(info.path, root): Stat(info.size, info.mtime)
             for info in infos
             if info.type == fs.FileType.File
         }
         return {
-            name: when
-            for name, when in names.items()
+            name: stat
+            for name, stat in names.items()
             if name.startswith(prefix)
             and name.endswith(suffix)
             and not any(part.startswith((".", "_")) for part in name.split("/"))

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from cluster import index
 from cluster.lock import LOCK_NAME
 from cluster.progress import clock
 from cluster.queue import read_parts
@@ -60,8 +61,9 @@ def status(store: Store) -> Status:
     """Raises ValueError where the store is no run directory, StoreError where it fails."""
     manifest = manifests.read(store)
     results = store.sub("results")
-    written = results.written(suffix=".parquet")
-    found = read_parts(results, list(written))
+    parts = results.stats(suffix=".parquet")
+    written = {name: stat.committed for name, stat in parts.items()}
+    found = read_parts(results, parts, known=index.known(results, parts))
     done = Counter(row_of(group) for group, _ in found.errors)
     dead = defaultdict(list)
     for (group, case_id), error in sorted(found.errors.items()):

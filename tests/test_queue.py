@@ -1,5 +1,6 @@
 """The lease table: nothing lost, nothing twice, the guilty alone pays."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from cluster import index
 from cluster.queue import NODE_LOSSES, Grid, Lease, LeaseTable
 from cluster.store import DamagedError, Store
 
@@ -279,6 +281,43 @@ def test_a_death_during_a_lease_that_its_copy_has_done_is_not_blamed_either(stor
     table.complete("b", slow, {})
     assert table.lose("a", during=slow) is None
     assert spans([take(table, "c")]) == spans([next_one])
+
+
+def test_what_the_index_knows_is_not_opened_unless_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "WORTHWHILE", 1)
+    opened: list[str] = []
+
+    class Counting(Store):
+        def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+            opened.append(name)
+            return super().read_table(name, columns)
+
+    def resume() -> tuple[int, dict[tuple[str, int], str]]:
+        opened.clear()
+        table = LeaseTable(Counting(tmp_path), [GROUP], GRID)
+        return len(table.done), table.dead
+
+    store, leases = Store(tmp_path), list(GRID.leases(GROUP))
+    for lease in leases:
+        commit(store, lease)
+        os.utime(tmp_path / lease.part, (1e9, 1e9))
+    assert resume() == (7, {})
+    assert set(opened) == {lease.part for lease in leases}
+    assert resume() == (7, {})
+    assert opened == [index.INDEX]
+    # Another content, size or time, a part that is gone, one that is new.
+    commit(store, leases[3], error="boom")
+    (tmp_path / leases[0].part).unlink()
+    commit(store, leases[0].singles()[0])
+    assert resume() == (6, {(GROUP, 20): "boom", (GROUP, 21): "boom"})
+    assert set(opened) == {index.INDEX, leases[3].part, leases[0].singles()[0].part}
+    # What is as young as the index may have been replaced since, in the same moment.
+    assert resume()[0] == 6
+    assert leases[3].part in opened
+    store.write_bytes(index.INDEX, b"PAR1")
+    assert resume()[0] == 6
 
 
 class Half(Store):

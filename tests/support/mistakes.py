@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pyarrow as pa
 
-from cluster import queue, worker
+from cluster import index, queue, worker
 from cluster.driver import Driver
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.store import Store
@@ -135,6 +135,20 @@ def dead_letter_without_a_row() -> AbstractContextManager[object]:
     return patch.object(Driver, "_settle", settle)
 
 
+def index_believed_without_a_look() -> AbstractContextManager[object]:
+    """What was once read of a part counts, whatever became of it."""
+
+    def known(store: Store, parts: Any) -> Any:
+        rows = read.setdefault(store.__dict__["disk"], {})
+        return {name: rows[name] for name in parts if name in rows}
+
+    def save(store: Store, parts: Any, rows: Any) -> None:
+        read.setdefault(store.__dict__["disk"], {}).update(rows)
+
+    read: dict[object, dict[str, Any]] = {}
+    return patch.multiple(index, known=known, save=save)
+
+
 MISTAKES: dict[str, Mistake] = {
     mistake.__name__.replace("_", " "): mistake
     for mistake in (
@@ -150,5 +164,6 @@ MISTAKES: dict[str, Mistake] = {
         damage_believed_at_once,
         attempts_without_end,
         dead_letter_without_a_row,
+        index_believed_without_a_look,
     )
 }

@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import pyarrow as pa
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from cluster.clock import Clock
-from cluster.store import DamagedError, MissingError, Store, StoreError
+from cluster.store import DamagedError, MissingError, Stat, Store, StoreError
 
 NEVER = 1e12
 
@@ -251,6 +250,10 @@ class Disk:
         return file
 
 
+def _size(content: bytes) -> int:
+    return int(content.table.nbytes) if isinstance(content, TableBytes) else len(content)
+
+
 class SimulatedStore(Store):
     """A Store of a process on a disk."""
 
@@ -310,7 +313,7 @@ class SimulatedStore(Store):
 
     def write_table(self, name: str, table: pa.Table) -> int:
         self.write_bytes(name, TableBytes.of(table))
-        return int(table.nbytes)
+        return _size(TableBytes.of(table))
 
     def _read(self, name: str) -> File:
         disk, process, path = self._begin("read", name)
@@ -347,7 +350,7 @@ class SimulatedStore(Store):
     def committed(self, name: str) -> datetime:
         return datetime.fromtimestamp(self._read(name).written, UTC)
 
-    def written(self, prefix: str = "", suffix: str = "") -> dict[str, Any]:
+    def stats(self, prefix: str = "", suffix: str = "") -> dict[str, Stat]:
         disk, process, path = self._begin("list", prefix)
         found = {}
         for name in sorted(disk.files):
@@ -358,7 +361,7 @@ class SimulatedStore(Store):
                 and not any(part.startswith((".", "_")) for part in inner.split("/"))
                 and (file := disk.seen(name, process.node)) is not None
             ):
-                found[inner] = datetime.fromtimestamp(file.written, UTC)
+                found[inner] = Stat(_size(file.content), datetime.fromtimestamp(file.written, UTC))
         return found
 
     def delete(self, name: str) -> None:
