@@ -25,7 +25,7 @@ from cluster.queue import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
-from tests.programs import boots, matrices, readers, trainings
+from tests.programs import boots, matrices, readers, thousand, trainings
 from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
@@ -173,6 +173,7 @@ def _matrices() -> None:
 
 
 OTHERS: dict[str, Callable[[], None]] = {
+    "thousand": thousand.main,
     "matrices": _matrices,
     "training": trainings.measure,
     "boot": boots.measure,
