@@ -94,7 +94,7 @@ class RayCrew:
         return workers_that_fit(self._settings)
 
     def lacking(self) -> str:
-        return lacking(self._settings)
+        return lacking(self._settings) or "nothing"
 
     def draining(self) -> set[str]:
         return draining_nodes()

@@ -23,7 +23,7 @@ from cluster.store import DamagedError, MissingError, Stat, Store, StoreError
 NEVER = 1e12
 
 
-class Killed(GreenletExit):
+class Killed(GreenletExit):  # type: ignore[misc]
     """Raised in a process that is dead."""
 
 
@@ -233,7 +233,7 @@ class Disk:
             file.torn_until = now + luck.uniform(0.01, 0.3)
             self.strokes["files are torn"] += 1
         self.files[name] = file
-        self.watch(name, old and old.content, content)
+        self.watch(name, None if old is None else old.content, content)
 
     def remove(self, name: str) -> None:
         old = self.files.pop(name)
