@@ -6,12 +6,15 @@ import logging
 import threading
 from typing import Any
 
+import pyarrow as pa
+
 from cluster.driver import RunError
+from cluster.lease_log import kept_log, log_of
 from cluster.progress import Progress
-from cluster.queue import Grid, LeaseTable
+from cluster.queue import Grid, Lease, LeaseTable
 from cluster.slots import described, difference
 from cluster.store import DamagedError, Store, StoreError
-from cluster.worker import Work, commit, describe_error
+from cluster.worker import Task, Work, commit, describe_error, write_part
 
 _HERE = "here"
 
@@ -40,14 +43,14 @@ def drive_here(
         lease = table.lease(_HERE)
         assert lease is not None
         try:
-            rows = task.run(lease)
+            with kept_log(store, log_of(lease)):
+                rows = _run(task, grid, lease)
         except (StoreError, DamagedError):
             raise
         except Exception as error:
-            log.warning("%s failed", described(grid, lease), exc_info=True)
             progress.note(f"{described(grid, lease)} failed: {describe_error(error)}")
             if (last := table.fail(_HERE, lease)) is not None:
-                store.write_table(last.part, work.dead_row(last, describe_error(error)))
+                write_part(store, grid, last, work.dead_row(last, describe_error(error)))
                 table.complete(_HERE, last, dict.fromkeys(grid.ids(last), describe_error(error)))
             task.verify()
             continue
@@ -56,3 +59,13 @@ def drive_here(
         table.complete(_HERE, lease, errors)
         progress.update(len(table.done), len(table.dead), 1, 1)
     return not table.finished
+
+
+def _run(task: Task, grid: Grid, lease: Lease) -> pa.Table:
+    try:
+        return task.run(lease)
+    except (StoreError, DamagedError):
+        raise
+    except Exception:
+        log.warning("%s failed", described(grid, lease), exc_info=True)
+        raise

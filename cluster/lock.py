@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.clock import REAL, Clock
 from cluster.store import Store
+from cluster.words import redacted
 
 LOCK_NAME = "_driver.json"
 
@@ -42,7 +43,7 @@ class RunLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
+            "command": redacted(shlex.join(sys.argv)),
             "token": uuid.uuid4().hex,
         }
         self._count = 0
@@ -89,9 +90,10 @@ class RunLock:
             return None
         try:
             holder: dict[str, Any] = json.loads(data)
-            if holder.keys() >= self._holder.keys():
+            kinds = {name: type(value) for name, value in self._holder.items()}
+            if {name: type(holder[name]) for name in kinds} == kinds and holder["pid"] > 0:
                 return holder
-        except (ValueError, AttributeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         # Somebody's file that says nothing of use: alive if it changes, as every other.
         return dict.fromkeys(self._holder, "unknown") | {"token": hashlib.sha256(data).hexdigest()}
@@ -127,6 +129,6 @@ def _process_exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # One too large is of another kind of host.
         return True
     return True

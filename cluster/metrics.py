@@ -7,6 +7,7 @@ metrics port of the driver's node. Every series has the tag `run`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -22,7 +23,7 @@ class Metrics:
     """
 
     def __init__(self, run: str) -> None:
-        self._run = {"run": run}
+        self._run = {"run": _tag(run)}
         self._done = _counter("records_done", "Records with a row, dead letters among them.")
         self._failed = _counter("records_failed", "Dead letters.")
         self._retried = _counter("records_retried", "Records handed out again after a failure.")
@@ -72,6 +73,11 @@ class Metrics:
             (self._wanted, wanted),
         ):
             gauge.set(value, self._run)
+
+
+def _tag(value: str) -> str:
+    """Tags are ASCII of 255 characters at most: others are percent-encoded."""
+    return "".join(c if " " <= c <= "~" else quote(c) for c in value)[-255:]
 
 
 def _counter(name: str, text: str) -> Counter:

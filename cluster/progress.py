@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import Any
 
 import rich.progress
-from rich.console import Console
+
+from cluster.words import PlainConsole, printable, redacted
 
 LOG_SECONDS = 10.0
 
@@ -48,7 +49,7 @@ class Progress:
         self._rate = Rate()
         self._started = time.monotonic()
         self._printed = self._started
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         self._bar = (
             rich.progress.Progress(
                 rich.progress.BarColumn(10),
@@ -85,10 +86,11 @@ class Progress:
 
     def note(self, text: str, **fields: Any) -> None:
         """Say something once; `fields` are of the JSON object."""
+        text = printable(redacted(text))
         if self._json_of is not None:
             log.info(text, extra={"run": self._json_of, **fields})
         elif self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text)
         else:
             print(text, file=sys.stderr, flush=True)
 

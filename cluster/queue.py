@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from cluster import index
 from cluster.clock import REAL, Clock
 from cluster.index import Rows
+from cluster.origin import Origin
 from cluster.store import DamagedError, Stat, Store
 
 Key = tuple[str, int]
@@ -53,7 +54,8 @@ class Lease:
 
 @dataclass(frozen=True)
 class Grid:
-    """The case ids of each shard of the input, and the number of rows of a lease.
+    """The case ids of each shard of the input, and the number of rows of a lease; and what the
+    parts that are made of it are of.
 
     Raises ValueError where a case id is not unique or `rows` is below 1.
     """
@@ -68,6 +70,8 @@ class Grid:
     """No row is leased before this one, of another group, is done."""
     own: Mapping[str, Grid] = field(default_factory=dict)
     """The groups that have a grid of their own instead of this one."""
+    origin: Origin = field(default_factory=Origin)
+    """What the parts that are made of it are of, also those of `own`."""
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -123,13 +127,15 @@ def read_parts(
     names: Iterable[str],
     clock: Clock = REAL,
     known: Mapping[str, Rows] | None = None,
+    origin: Origin | None = None,
 ) -> Found:
     """Read which rows the parts hold. Of two rows of one key, one without an error counts.
 
     What is `known` of parts is not read. A part is damaged if it still is after a second: some
     stores show a part while it is written.
-    Raises ValueError naming the file where a part has no case ids.
+    Raises ValueError naming the file where a part has no case ids, or is of something else.
     """
+    origin = origin or Origin()
     rows: dict[str, Rows] = dict(known or {})
     odd: list[str] = []
 
@@ -138,6 +144,7 @@ def read_parts(
             if isinstance(table, DamagedError):
                 odd.append(name)
                 continue
+            origin.check(f"{store.uri}/{name}", name.rpartition("/")[0], table.schema)
             if "case_id" not in table.column_names:
                 raise ValueError(
                     f"{store.uri}/{name} has no column case_id: it is not a part of a run. "
@@ -330,7 +337,7 @@ class LeaseTable:
         return self.done.issuperset(self._keys(lease))
 
     def _read(self, names: Iterable[str], known: Mapping[str, Rows] | None = None) -> Found:
-        found = read_parts(self._store, names, self._clock, known)
+        found = read_parts(self._store, names, self._clock, known, self._grid.origin)
         self.set_aside += [self._store.set_aside(name) for name in found.damaged]
         return found
 

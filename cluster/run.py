@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.clock import REAL, Clock
@@ -26,7 +28,8 @@ from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import Grid, Lease, LeaseTable
 from cluster.settings import RunSettings
 from cluster.store import Store
-from cluster.worker import Work, Worker
+from cluster.words import deliberate, printable, redacted
+from cluster.worker import Work, Worker, write_part
 
 __all__ = [
     "FAILURES",
@@ -43,7 +46,9 @@ __all__ = [
 FAILURES = (LockedError, RunError, RayError)
 """The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
 
-log = logging.getLogger(__name__)
+
+class FaultError(RuntimeError):
+    """A worker's function failed by a fault of this project; the message is its traceback."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ def ensure_ray(settings: RunSettings) -> None:
         ray.init(**quiet)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # As on Windows and macOS: at 127.0.0.1, where Ray listens alone, and not at the address by
+        # which others reach this machine.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        quiet["_node_ip_address"] = "127.0.0.1"
         ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **quiet)
 
 
@@ -106,12 +115,13 @@ def run(
     expect: dict[str, Any] | None = None,
     name: str | None = None,
     gpu_rows: int | None = None,
+    begins: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Do every record of the grid for every group that has no row in the store yet.
 
     `expect` is what the task's `describe()` must be. `gpu_rows` are the rows of a lease where
     workers have GPUs, instead of the grid's, or fewer where they would not go round. `name` is what
-    logs and metrics call the run.
+    logs and metrics call the run. `begins` is called before the first record, if any is left.
     Ray is not touched where nothing is left to do. Raises LockedError while another driver works in
     `store`, ValueError where a part there is of other data, StoreError where the store cannot be
     used, and RunError where workers differ from `expect`, none can boot, or none can write.
@@ -120,6 +130,7 @@ def run(
     settings = settings or RunSettings()
 
     def drive(table: LeaseTable, lock: RunLock) -> bool:
+        begins()
         now = joined(settings) if settings.workers else settings
         json_of = name if settings.logs == "json" else None
         shown = Progress(table.total, len(table.done), json_of)
@@ -135,16 +146,16 @@ def run(
                 )
             actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
             crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name))
-            write, metrics = dead_rows(store, work), Metrics(name)
+            write, metrics = dead_rows(store, grid, work), Metrics(name)
             driver = Driver(table, grid, now, crew, write, expect, progress, metrics)
             return driver.drive(stop, lock)
 
     return finish(store, groups, grid, settings, drive)
 
 
-def dead_rows(store: Store, work: Work) -> Callable[[Lease, str], object]:
+def dead_rows(store: Store, grid: Grid, work: Work) -> Callable[[Lease, str], object]:
     """What commits the row of a dead letter."""
-    return lambda lease, error: store.write_table(lease.part, work.dead_row(lease, error))
+    return lambda lease, error: write_part(store, grid, lease, work.dead_row(lease, error))
 
 
 def finish(
@@ -164,10 +175,7 @@ def finish(
     with RunLock(store, clock=clock) as lock:
         table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead, clock)
         for part in table.set_aside:
-            print(
-                f"note: a damaged part is now {store.uri}/{part}; its rows are done again",
-                file=sys.stderr,
-            )
+            _note(f"note: a damaged part is now {store.uri}/{part}; its rows are done again")
         stopped = False
         if not table.finished:
             stopped = drive(table, lock)
@@ -180,6 +188,10 @@ def finish(
             stopped=stopped,
             seconds=clock.now() - started,
         )
+
+
+def _note(text: str) -> None:
+    print(printable(redacted(text)), file=sys.stderr)
 
 
 def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: int) -> int:
@@ -202,13 +214,14 @@ def number_of_workers(settings: RunSettings) -> int:
 def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
     """Call a function in a worker of these settings and return its answer.
 
-    Raises the ValueError or OSError that it raises, and RayError in place of others; without
-    workers it is called here, and raises what it raises.
+    Raises the error that it raises if that is meant for the user (see `words.deliberate`), and
+    FaultError in place of others, and RayError where the worker dies; without workers it is called
+    here, and raises what it raises.
     """
     if settings.workers == 0:
         return function(*args)
     settings = joined(settings)
-    ref = ray.remote(function).options(**worker_options(settings)).remote(*args)
+    ref = ray.remote(_called).options(**worker_options(settings)).remote(function, *args)
     _await(ref, settings)
     return _answer(ref)
 
@@ -217,16 +230,38 @@ def _await(first: Any, settings: RunSettings) -> None:
     """Wait for a task's first value, and say every ten seconds if no node has room for it."""
     while not ray.wait([first], timeout=LOG_SECONDS, fetch_local=False)[0]:
         if lack := lacking(settings):
-            print(f"waiting for a node to join: {lack}", file=sys.stderr, flush=True)
+            _note(f"waiting for a node to join: {lack}")
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Any:
+    with _told_apart():
+        return function(*args)
+
+
+def _generated(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    with _told_apart():
+        yield from function(*args)
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """Errors meant for the user from those that are not, in a worker: on the way to the driver they
+    lose where they were raised."""
+    try:
+        yield
+    except Exception as error:
+        if deliberate(error):
+            raise
+        text = "".join(traceback.format_exception(error))
+        raise FaultError(f"in a worker:\n{printable(redacted(text))}") from None
 
 
 def _answer(ref: ray.ObjectRef[Any]) -> Any:
-    """Get a task's answer, or raise the user's mistake that ended it without its traceback."""
+    """Get a task's answer, or raise what ended it, without Ray's traceback."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError | OSError):
-            log.warning("a task failed", exc_info=error)
+        if isinstance(error.cause, Exception):
             raise error.cause from None
         raise
 
@@ -252,7 +287,7 @@ def _values(
         return iter(function(*args))
     # A retry would yield again from its own start, which Ray takes for what it has seen.
     options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
-    values = ray.remote(function).options(**options).remote(*args)
+    values = ray.remote(_generated).options(**options).remote(function, *args)
     _await(values, settings)
     return map(_answer, values)
 

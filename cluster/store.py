@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from cluster.clock import REAL, Clock
+from cluster.words import has_credentials
 
 DAMAGED = "_damaged"
 _PIECE = 8 << 20
@@ -67,10 +68,10 @@ def _refuse_what_gets_lost(uri: str) -> None:
         )
     if re.search(r"%(?![0-9A-Fa-f]{2})", uri):
         raise ValueError(f"a URI must have a '%' of a name as %25, got {uri}")
-    if parts.password or re.search(r"secret_key|//[^/@]*:[^/@]*@", unquote(parts.query)):
+    if parts.password or has_credentials(uri):
         raise ValueError(
-            f"a {parts.scheme} URI must have no password in it, since manifests and logs show it; "
-            "set it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            f"a {parts.scheme} URI must have no password or key in it, since manifests and logs "
+            "show it; set it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
         )
 
 
@@ -155,7 +156,7 @@ class Store:
         os.makedirs(folder, exist_ok=True)
         temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:  # A new file, and not what a link names.
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -190,11 +191,19 @@ class Store:
         Raises MissingError where there is no such file, DamagedError where it is no whole Parquet
         file.
         """
-        path, chosen = self._path(name), columns and list(columns)
+        chosen = columns and list(columns)
+        return self._parquet(name, lambda file: file.read(columns=chosen))
+
+    def read_schema(self, name: str) -> pa.Schema:
+        """The schema of a Parquet file, with its metadata. Raises as `read_table`."""
+        return self._parquet(name, lambda file: file.schema_arrow)
+
+    def _parquet(self, name: str, of: Callable[[pq.ParquetFile], _T]) -> _T:
+        path = self._path(name)
         with self._as_store_error():
             try:
                 with self._opened[0].open_input_file(path) as file:
-                    return pq.ParquetFile(file).read(columns=chosen)
+                    return of(pq.ParquetFile(file))
             except FileNotFoundError:
                 raise
             except (pa.ArrowInvalid, OSError):
@@ -202,7 +211,7 @@ class Store:
                 with self._opened[0].open_input_file(path) as file:
                     data = file.read_buffer()
         try:
-            return pq.ParquetFile(pa.BufferReader(data)).read(columns=chosen)
+            return of(pq.ParquetFile(pa.BufferReader(data)))
         except (pa.ArrowInvalid, OSError) as error:
             raise DamagedError(
                 f"{path} is not a whole Parquet file ({error}). "

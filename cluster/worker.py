@@ -5,9 +5,10 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -15,16 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from cluster import lease_log
 from cluster.clock import REAL, Clock
+from cluster.lease_log import kept_log
 from cluster.lock import LOCK_NAME
 from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
 from cluster.store import DamagedError, Store, StoreError, retry
+from cluster.words import printable, redacted
 
 COMMIT_SECONDS = 5.0
 """A worker tries again for so long before it gives a lease back that it cannot commit."""
 COMMIT_LIMIT = 600.0
 """A worker whose commit hangs for so long ends itself."""
+GRACE = 3.0
+"""Seconds that a worker has for its last words."""
 STAGE = "seconds_"
 """Columns of rows that start so are a record's seconds in a stage."""
 
@@ -95,20 +101,29 @@ def describe_error(error: BaseException) -> str:
     text = " ".join("".join(traceback.format_exception_only(error)).split())
     if frames := traceback.extract_tb(error.__traceback__):
         text += f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
-    return text
+    return printable(redacted(text))
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """End this process, with the tracebacks of its threads on stderr, if the block takes longer.
+def time_limit(seconds: float, store: Store, name: str) -> Iterator[None]:
+    """End this process if the block takes longer, with the tracebacks of its threads in the log
+    `name` of the store, or on stderr where native code holds the GIL.
 
-    faulthandler waits in a C thread, which also fires while native code holds the GIL.
+    faulthandler waits in a C thread, which also fires then.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+
+    def last_words() -> None:
+        lease_log.write(store, name, f"not done within {seconds:g} s\n{lease_log.stacks()}")
+
+    timer = threading.Timer(seconds, last_words)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=2)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+        timer.cancel()
 
 
 class Worker:
@@ -131,9 +146,14 @@ class Worker:
 
     def boot(self) -> Booted:
         """Build the task. Apart from `__init__`, so that its failure is a value, not a death."""
+        name = f"boot-{lease_log.process()}.log"
+        with self._log(name):
+            return self._boot(name)
+
+    def _boot(self, name: str) -> Booted:
         started = self._clock.now()
         try:
-            with self._limit(self._settings.boot_seconds):
+            with self._limit(self._settings.boot_seconds, name):
                 if not self._store.exists(LOCK_NAME):
                     raise FileNotFoundError(
                         f"node {os.uname().nodename} does not see {self._store.uri}/{LOCK_NAME}. "
@@ -144,9 +164,14 @@ class Worker:
                 facts, node = self._task.describe(), self._node()
                 return Booted(facts, node, seconds=self._clock.now() - started)
         except Exception as error:
+            log.warning("the worker did not boot", exc_info=error)
             return Booted(failure=describe_error(error))
 
-    _limit = staticmethod(time_limit)
+    def _limit(self, seconds: float, name: str) -> AbstractContextManager[None]:
+        return time_limit(seconds, self._store, name)
+
+    def _log(self, name: str) -> AbstractContextManager[None]:
+        return kept_log(self._store, name)
 
     def _node(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -155,7 +180,9 @@ class Worker:
         """Do a lease and commit its part."""
         if self._spoiled or self._task is None:
             return Report(failure=self._spoiled or "the worker did not boot", blame="worker")
-        report = self._do(self._task, lease)
+        name = lease_log.log_of(lease)
+        with self._log(name):
+            report = self._do(self._task, lease, name)
         log.info(
             report.failure or "lease done",
             extra={
@@ -169,31 +196,34 @@ class Worker:
         )
         return report
 
-    def _do(self, task: Task, lease: Lease) -> Report:
+    def _do(self, task: Task, lease: Lease, name: str) -> Report:
         failure: Report | None = None
         started = self._clock.now()
-        with self._limit(self._settings.record_seconds * self._grid.size(lease)):
+        with self._limit(self._settings.record_seconds * self._grid.size(lease), name):
             try:
                 table = task.run(lease)
             except (StoreError, DamagedError) as error:
                 failure = Report(failure=describe_error(error), blame="store")
             except Exception as error:
+                log.warning("the lease failed", exc_info=error)
                 failure = Report(failure=describe_error(error))
             ran = self._clock.now()
             try:
                 task.verify()
             except Exception as error:
+                log.warning("the worker is not as it was", exc_info=error)
                 self._spoiled = describe_error(error)
                 return Report(failure=self._spoiled, blame="worker")
         if failure is not None:
             return failure
         verified = self._clock.now()
         try:
-            with self._limit(COMMIT_LIMIT):
+            with self._limit(COMMIT_LIMIT, name):
                 errors, written = commit(self._store, self._grid, lease, table, self._clock)
         except StoreError as error:
             return Report(failure=describe_error(error), blame="store")
         except Exception as error:
+            log.warning("the lease could not be committed", exc_info=error)
             return Report(failure=describe_error(error))
         seconds = {
             "run": ran - started,
@@ -219,7 +249,7 @@ def commit(
         )
 
     def write(lease: Lease, table: pa.Table) -> int:
-        return retry(lambda: store.write_table(lease.part, table), COMMIT_SECONDS, clock)
+        return retry(lambda: write_part(store, grid, lease, table), COMMIT_SECONDS, clock)
 
     if "error" not in table.column_names or table["error"].null_count == lease.rows:
         return {}, write(lease, table)
@@ -228,6 +258,11 @@ def commit(
     written = sum(write(single, table.slice(row, 1)) for row, single in singles)
     errors = zip(ids, table["error"].to_pylist(), strict=True)
     return {case_id: error for case_id, error in errors if error is not None}, written
+
+
+def write_part(store: Store, grid: Grid, lease: Lease, table: pa.Table) -> int:
+    """Commit the part of a lease, which says what it is of; its bytes."""
+    return store.write_table(lease.part, grid.origin.on(table, lease.group))
 
 
 def _stages(table: pa.Table) -> dict[str, float]:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
+
+from cluster.words import PlainConsole, deliberate, printable, redacted
 
 if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
     from cluster.run import Outcome
@@ -17,7 +19,7 @@ if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
 DEAD_LETTERS = 3
 STOPPED = 130
 
-CONSOLE = Console(stderr=True)
+CONSOLE = PlainConsole(stderr=True)
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: key=value.")]
 
@@ -31,25 +33,35 @@ def new_app(**options: Any) -> typer.Typer:
 
 def say(text: str) -> None:
     """Tell the user something beside a job's output."""
-    CONSOLE.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    CONSOLE.print(text, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Print a line or a page of a job's output to stdout."""
+    typer.echo(printable(redacted(text)))
 
 
 def print_table(table: RenderableType) -> None:
     """To stdout; in a log or a pipe it is not cut to the width of a terminal."""
-    # Names of editors and models are no markup.
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = PlainConsole()
     if not console.is_terminal:
-        console.width = Console(width=1000, markup=False).measure(table).maximum
+        console.width = PlainConsole(width=1000).measure(table).maximum
     console.print(table)
 
 
 @contextmanager
 def errors(*others: type[Exception]) -> Iterator[None]:
-    """Say a ValueError, an OSError or one of the others without a traceback, and exit with 1."""
+    """Say a ValueError, an OSError or one of the others without a traceback, and exit with 1.
+
+    Of a ValueError that is no message to the user, see `cluster.words.deliberate`, the traceback is
+    shown as of any fault.
+    """
     said: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
     except said as error:
+        if isinstance(error, ValueError) and not deliberate(error):
+            raise
         say(f"error: {error}")
         raise typer.Exit(1) from None
 

@@ -51,9 +51,9 @@ def read(run_dirs: Sequence[str]) -> pl.DataFrame:
     for one, other in pairwise(runs):
         _refuse_another((one, runs[one]), (other, runs[other]))
     found = {
-        uri: collect(Store(uri), lambda rows: with_metrics(rows).collect()).with_columns(
-            folder=pl.lit(uri)
-        )
+        uri: collect(
+            Store(uri), lambda rows: with_metrics(rows).collect(), manifests.origin(runs[uri])
+        ).with_columns(folder=pl.lit(uri))
         for uri in runs
     }
     editors = {
@@ -126,8 +126,11 @@ def _refuse_another(one: tuple[str, Any], other: tuple[str, Any]) -> None:
         )
 
 
-def compare(run_dirs: Sequence[str], metrics: Sequence[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """`paired` and `rome.analysis.comparison.health` of the editors of the runs; see `read`.
+def compare(
+    run_dirs: Sequence[str], metrics: Sequence[str]
+) -> tuple[pl.DataFrame, pl.DataFrame, list[str]]:
+    """`paired` and `rome.analysis.comparison.health` of the editors of the runs, see `read`, and
+    notes that a reader of them needs.
 
     `metrics`: empty for those of the paper's table of the benchmark.
     """
@@ -135,7 +138,16 @@ def compare(run_dirs: Sequence[str], metrics: Sequence[str]) -> tuple[pl.DataFra
     if not metrics:
         counterfact = [name for name in table_of("counterfact")[1:] if rows[name].count()]
         metrics = counterfact or table_of("zsre")
-    return paired(rows, metrics), comparison.health(rows)
+    return paired(rows, metrics), comparison.health(rows), _notes(rows)
+
+
+def _notes(rows: pl.DataFrame) -> list[str]:
+    odd = rows.filter(pl.col("not_finite") > 0).group_by("label", maintain_order=True).len()
+    return [
+        f"note: {count} records of {label} have numbers that are not finite; they are in no pair "
+        "that would need them"
+        for label, count in odd.iter_rows()
+    ]
 
 
 Cell = Callable[[dict[str, Any]], str]
@@ -239,20 +251,20 @@ def main(
 ) -> None:
     """Compare the editors of one or more runs in pairs, record by record."""
     with cli.errors():
-        pairs, health = compare(run_dirs, metric or [])
-        notes = differing_notes(manifests.of_runs(run_dirs))
+        pairs, health, notes = compare(run_dirs, metric or [])
+        notes += differing_notes(manifests.of_runs(run_dirs))
         if out:
             pairs.write_parquet(out)
     if format == Format.TABLE:
         cli.print_table(Group(*_blocks(pairs)))
-        typer.echo(fill(_PAIRS_CAPTION, _COLUMNS))
+        cli.tell(fill(_PAIRS_CAPTION, _COLUMNS))
         if len(health):
             cli.print_table(_terminal(health, _HEALTH))
-            typer.echo(fill(_HEALTH_CAPTION, _COLUMNS))
+            cli.tell(fill(_HEALTH_CAPTION, _COLUMNS))
     else:
-        typer.echo(_markdown(pairs, _PAIRS, _PAIRS_CAPTION))
+        cli.tell(_markdown(pairs, _PAIRS, _PAIRS_CAPTION))
         if len(health):
-            typer.echo(_markdown(health, _HEALTH, _HEALTH_CAPTION))
+            cli.tell(_markdown(health, _HEALTH, _HEALTH_CAPTION))
     for note in notes:
         say(note)
 

@@ -5,11 +5,9 @@ Every record under every editor of a run, on Ray. Run the same line again to res
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -40,8 +38,10 @@ from rome import models
 from rome.analysis.metrics import PROTOCOL
 from rome.editors import EDITORS
 from rome.models import EditableModel
-from rome.paths import ROOT, workspace
+from rome.paths import inside, workspace
 
+# What a run goes on with.
+_FOUND = ("model_fingerprint", "context_templates", "reversed_prompts")
 # What a manifest says of files, and what they are.
 _FILES = {"second_moments": "second moment", "weights": "trained network"}
 
@@ -95,6 +95,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     grid = grid_of(records, config.records, rows, max(map(config.together, config.editors)))
     groups, chains = _groups(config, benchmark, grid)
     manifest = _manifest(config, store, records, rows_of(config, grid, chains))
+    grid = replace(grid, origin=manifests.origin(manifest))
     config = _sized(config, manifest.get("model_bytes", 0))
     if chains:
         grid = with_chains(grid, chains)
@@ -119,6 +120,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
+        begins=lambda: manifests.goes_on(store),
     )
 
 
@@ -167,13 +169,11 @@ def _manifest(
     if store.exists(MANIFEST):
         there = manifests.read(
             store,
-            (*now, "code", "model_fingerprint", "context_templates", *_FILES),
+            (*now, *_FOUND, *_FILES),
             "Restore it. Or, if this is the config that the run began with, move it away: the same "
             "line writes it again and goes on with the rows that are there.",
         )
         manifests.refuse_another(store, there, now)
-        if there["code"] != _code():
-            say("note: the code is not what this run began with; its rows may be of both")
         for key, what in _FILES.items():
             for known in there[key].values():
                 if Path(known["file"]).exists():  # The workers' files may be on other machines.
@@ -192,7 +192,7 @@ def _manifest(
         **facts,
         "reversed_prompts": reversed_prompts(),
         "editors": list(rows),
-        "rows": rows,
+        "table_rows": rows,
         "records": len(grid_of(records, config.records, 1)),
         "records_store": records.uri,
         "second_moments": {
@@ -201,7 +201,6 @@ def _manifest(
         "weights": {
             name: {"file": file, "sha256": file_sha256(file)} for name, file in weights.items()
         },
-        "code": _code(),
     }
     if config.edits:
         stored_edits.check(config, manifest)
@@ -236,16 +235,6 @@ def _weights(config: RunConfig) -> dict[str, str]:
     return {name: trained(name) for name in sorted(filter(None, names))}
 
 
-def _code() -> dict[str, str]:
-    """Versions, and a hash of the project's own files: which code made a run, also without git."""
-    digest = hashlib.sha256()
-    for package in ("rome", "cluster", "jobs"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(path.read_bytes())
-    names = ("rome-bench", "torch", "transformers", "ray")
-    return {name: version(name) for name in names} | {"source": digest.hexdigest()}
-
-
 app = cli.new_app()
 
 
@@ -276,7 +265,7 @@ def main(
         if out and not any(override.startswith("name=") for override in given):
             name = _name_of(out, chosen[0].name)
             chosen = [replace(one, name=name) for one in chosen]
-        status = evaluate_each(chosen, out or str(workspace() / "runs" / chosen[0].name))
+        status = evaluate_each(chosen, out or str(inside(workspace() / "runs", chosen[0].name)))
     raise typer.Exit(status)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,8 @@ from cluster.lock import LockedError
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
-from jobs.inputs.record_stores import SHARD_ROWS, Separator, describe, listed, prepare
+from jobs.inputs.record_stores import SHARD_ROWS, Separator, check, describe, listed, prepare
+from jobs.runs import manifests
 from jobs.runs.manifests import MANIFEST
 
 
@@ -64,15 +64,16 @@ def _prepare(
 @app.command("describe")
 def _describe(store: Annotated[str, typer.Argument(help="Folder or URI of a store.")]) -> None:
     """Print what a store is composed of, in the shape of the paper's Table 2."""
-    try:
-        manifest = json.loads(Store(store).read_bytes(MANIFEST))
-    except FileNotFoundError as error:
-        say(f"{store} is no store: it has no {MANIFEST}. Write one with `jobs.prepare`.")
-        raise typer.Exit(1) from error
+    with cli.errors():
+        manifest = manifests.read(
+            Store(store), ("name", "version"), "Write a store with `jobs.prepare`."
+        )
+        check(Store(store))
+        items = describe(Store(store))
     table = Table("Item", title=f"{manifest['name']} {manifest['version']}")
     for heading in ("Total", "Per relation", "Per record"):
         table.add_column(heading, justify="right")
-    for item, total, per_relation, per_record in describe(Store(store)):
+    for item, total, per_relation, per_record in items:
         means = ("" if mean is None else f"{mean:.1f}" for mean in (per_relation, per_record))
         table.add_row(item, f"{total:,}", *means)
     cli.print_table(table)

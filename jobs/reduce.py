@@ -51,7 +51,7 @@ def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
 
 
 def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataFrame:
-    summary = collect(store, summarize)
+    summary = collect(store, summarize, manifests.origin(manifest))
     # An editor that the manifest does not know is shown, too.
     wanted = dict.fromkeys(summary["editor"], manifest["records"]) | manifests.rows(manifest)
     editors = dict.fromkeys([*manifest["editors"], *summary["editor"]])
@@ -61,7 +61,7 @@ def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataF
         .join(summary, on="editor", how="left", maintain_order="left")
         .with_columns(
             pl.col("run").fill_null(manifest["name"]),
-            pl.col("n", "dead", "duplicates", "^.*_n$").fill_null(0),
+            pl.col("n", "dead", "duplicates", "not_finite", "^.*_n$").fill_null(0),
         )
         .select(*summary.columns, "records")
     )
@@ -110,13 +110,13 @@ def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:
         case Format.TABLE:
             cli.print_table(tables.terminal(frame))
         case Format.MARKDOWN:
-            typer.echo(tables.markdown(frame), nl=False)
+            cli.tell(tables.markdown(frame).removesuffix("\n"))
         case Format.LATEX:
-            typer.echo(tables.latex(frame), nl=False)
+            cli.tell(tables.latex(frame).removesuffix("\n"))
         case Format.JSON:
-            typer.echo(frame.write_json())
+            cli.tell(frame.write_json())
     for note in tables.notes(frame):
-        typer.echo(note, err=True)
+        cli.say(note)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from typing import Annotated
 from urllib.parse import quote
 
 import typer
+from pydantic import PositiveInt
 
+from cluster.origin import Origin
 from cluster.queue import Grid
 from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
 from cluster.store import Store
@@ -25,9 +27,11 @@ from jobs.runs import config as configs
 from jobs.runs.config import CorpusConfig, RunConfig
 from jobs.tasks.loading import model_fingerprint
 from jobs.tasks.moments import GROUP, Moments, Weight, given, write
-from rome import models
+from rome import models, options
 from rome.editors import EDITORS
+from rome.json_text import JsonError, parsed
 from rome.models import EditableModel
+from rome.options import ConfigError
 from rome.paths import workspace
 from rome.second_moment import MomentOrigin
 from rome.solver import UnsolvableError
@@ -103,7 +107,12 @@ def _compute(
     name = config.model.name
     layers, parts = begun
     corpus = corpora.prepare(chosen, outline, parts)
-    grid = Grid((tuple(range(corpus.chunks)),), _lease_chunks(config.workers, corpus, parts))
+    made_of = {"weights": fingerprint[:16], "layers": str([*layers]), "corpus": corpus.fingerprint}
+    grid = Grid(
+        (tuple(range(corpus.chunks)),),
+        _lease_chunks(config.workers, corpus, parts),
+        origin=Origin(made_of),
+    )
     settings = replace(config.workers, record_seconds=_CHUNK_SECONDS, retry_dead=True)
     say(f"second moment of {name}, layers {list(layers)}: {corpus.chunks} chunks")
     outcome = run(parts, [GROUP], grid, Moments(config.model, layers, corpus, grid), settings)
@@ -163,7 +172,14 @@ def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:
         leases = max(workers, min(4 * workers, -(-corpus.chunks // _CHUNKS_A_LEASE)))
         chunks = max(1, corpus.chunks // leases)
         parts.write_bytes(_LEASE, json.dumps({"chunks": chunks}).encode())
-    return int(json.loads(parts.read_bytes(_LEASE))["chunks"])
+    where = f"{parts.uri}/{_LEASE}"
+    try:
+        known = options.validate(dict[str, PositiveInt], parsed(parts.read_bytes(_LEASE)), "")
+        return int(known["chunks"])
+    except (JsonError, ConfigError, KeyError) as error:
+        raise ValueError(
+            f"{where} is damaged ({error}); remove {parts.uri} and run the same command again"
+        ) from None
 
 
 app = cli.new_app()

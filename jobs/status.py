@@ -5,22 +5,25 @@ From what is in the store alone, on any machine that sees it; the driver is not 
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
+import polars as pl
 import typer
 
 from cluster import index
+from cluster.lease_log import LOGS
 from cluster.lock import LOCK_NAME
 from cluster.progress import clock
 from cluster.queue import read_parts
 from cluster.store import Store
 from jobs import cli
 from jobs.runs import manifests
-from jobs.runs.parts import row_of
+from jobs.runs.parts import PARTS, hive_values, row_of, scan
+from rome.json_text import parsed
 
 RECENT = timedelta(minutes=10)
 """Rate and workers come from the parts committed in so long before the last one."""
@@ -45,6 +48,8 @@ class Status:
     duplicates: int
     damaged: list[str]
     """Parts that cannot be read."""
+    not_finite: int
+    """Rows with numbers that are NaN or infinite."""
     rate: float
     """Rows per second over the last RECENT of the run; 0.0 where that is less than two parts."""
     workers: dict[str, int]
@@ -63,12 +68,16 @@ def status(store: Store) -> Status:
     results = store.sub("results")
     parts = results.stats(suffix=".parquet")
     written = {name: stat.committed for name, stat in parts.items()}
-    found = read_parts(results, parts, known=index.known(results, parts))
+    for name in parts:
+        hive_values(name.rpartition("/")[0])  # Raises where it is none of a run.
+    origin = manifests.origin(manifest)
+    found = read_parts(results, parts, known=index.known(results, parts), origin=origin)
     done = Counter(row_of(group) for group, _ in found.errors)
     dead = defaultdict(list)
     for (group, case_id), error in sorted(found.errors.items()):
         if error is not None:
             dead[error].append((row_of(group), case_id))
+    bad = {*found.damaged}
     rate, workers = _recent(results, written)
     return Status(
         name=manifest["name"],
@@ -77,10 +86,21 @@ def status(store: Store) -> Status:
         dead=dict(dead),
         duplicates=found.duplicates,
         damaged=found.damaged,
+        not_finite=_not_finite(store, [f"{PARTS}{name}" for name in written.keys() - bad]),
         rate=rate,
         workers=workers,
         driver=_driver(results),
     )
+
+
+def _not_finite(store: Store, parts: Sequence[str]) -> int:
+    """Rows of these parts; those that an earlier version wrote do not say it."""
+    if not parts:
+        return 0
+    counts = scan(store, parts, pl.Schema({"not_finite": pl.UInt32()})).select(
+        pl.col("not_finite") > 0
+    )
+    return int(counts.sum().collect().item())
 
 
 def _recent(results: Store, written: dict[str, datetime]) -> tuple[float, dict[str, int]]:
@@ -105,7 +125,7 @@ def _recent(results: Store, written: dict[str, datetime]) -> tuple[float, dict[s
 
 def _driver(results: Store) -> str | None:
     try:
-        holder = json.loads(results.read_bytes(LOCK_NAME))
+        holder = parsed(results.read_bytes(LOCK_NAME))
         silent = (datetime.now(UTC) - results.committed(LOCK_NAME)).total_seconds()
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except FileNotFoundError:
@@ -119,36 +139,56 @@ def show(status: Status) -> None:
     """Print a status to stdout."""
     done = sum(status.done.values())
     share = 100 * done / status.total if status.total else 100.0
-    typer.echo(f"{status.name}: {done} of {status.total} rows ({share:.1f} %), {status.left} left")
+    cli.tell(f"{status.name}: {done} of {status.total} rows ({share:.1f} %), {status.left} left")
     for editor, rows in status.done.items():
-        typer.echo(f"  {editor}: {rows}")
+        cli.tell(f"  {editor}: {rows}")
     working = status.left and status.driver is not None
     left = clock(status.left / status.rate) if working and status.rate else "unknown"
-    typer.echo(f"rate: {status.rate:.2f} rows/s in its last {clock(RECENT.total_seconds())}")
+    cli.tell(f"rate: {status.rate:.2f} rows/s in its last {clock(RECENT.total_seconds())}")
     if status.left:
-        typer.echo(f"time left: {left}")
-    typer.echo(f"driver: {status.driver or 'none; the line that began the run goes on with it'}")
-    typer.echo(f"workers: {len(status.workers)} in its last {clock(RECENT.total_seconds())}")
+        cli.tell(f"time left: {left}")
+    cli.tell(f"driver: {status.driver or 'none; the line that began the run goes on with it'}")
+    cli.tell(f"workers: {len(status.workers)} in its last {clock(RECENT.total_seconds())}")
     for worker, rows in status.workers.items():
-        typer.echo(f"  {worker}: {rows} rows")
-    typer.echo(f"dead letters: {sum(map(len, status.dead.values()))}")
+        cli.tell(f"  {worker}: {rows} rows")
+    cli.tell(f"dead letters: {sum(map(len, status.dead.values()))}")
     for reason, cases in sorted(status.dead.items(), key=lambda item: -len(item[1])):
         shown = ", ".join(f"{editor} case {case_id}" for editor, case_id in cases[:SHOWN])
         more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
-        typer.echo(f"  {len(cases)} x {reason}: {shown}{more}")
+        cli.tell(f"  {len(cases)} x {reason}: {shown}{more}")
+    if status.not_finite:
+        cli.tell(f"rows with numbers that are not finite: {status.not_finite}")
     if status.duplicates:
-        typer.echo(f"duplicate rows, which every reader drops: {status.duplicates}")
+        cli.tell(f"duplicate rows, which every reader drops: {status.duplicates}")
     for part in status.damaged:
-        typer.echo(f"damaged, done again when the run goes on: results/{part}")
+        cli.tell(f"damaged, done again when the run goes on: results/{part}")
+
+
+def show_failed(store: Store, dead: dict[str, list[tuple[str, int]]]) -> None:
+    """Print each dead letter with its error, and the logs of leases, with their tracebacks."""
+    for reason, cases in dead.items():
+        for editor, case_id in cases:
+            cli.tell(f"dead letter: {editor} case {case_id}: {reason}")
+    logs = store.sub(PARTS).sub(LOGS)
+    for name in logs.list(suffix=".log"):
+        cli.tell(f"\n{logs.uri}/{name}:\n{logs.read_bytes(name).decode(errors='replace')}")
 
 
 @app.command()
 def main(
     run_dir: Annotated[str, typer.Argument(help="A run directory, local or s3://...")],
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Show what failed, with the tracebacks.")
+    ] = False,
 ) -> None:
     """Say what is done and left of a run, how fast, by whom, and what failed why."""
     with cli.errors():
-        show(status(Store(run_dir)))
+        store = Store(run_dir)
+        found = status(store)
+        if failed:
+            show_failed(store, found.dead)
+        else:
+            show(found)
 
 
 if __name__ == "__main__":

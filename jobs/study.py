@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -23,8 +24,11 @@ from jobs import cli
 from jobs.cli import say
 from jobs.compare import read
 from jobs.output.pages import packed, render
+from rome import options
 from rome.analysis.raters import verdict
 from rome.data.results import OK
+from rome.json_text import JsonError, parsed
+from rome.options import ConfigError
 
 QUESTIONS = {
     "consistent": "Which text is more consistent with the fact?",
@@ -156,13 +160,13 @@ def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, A
 
 def _checked(key: dict[str, Any], answer: dict[str, Any]) -> str:
     """The rater of a whole answer to this study."""
-    rater = str(answer.get("rater"))
+    rater, where = str(answer.get("rater")), f"{answer['file']}: " if "file" in answer else ""
     if answer.get("study") != key["study"]:
         raise ValueError(
-            f"the answers of {rater!r} are of study {answer.get('study')}, not {key['study']}; "
-            "give the DIR that their page is from"
+            f"{where}the answers of {rater!r} are of study {answer.get('study')}, not "
+            f"{key['study']}; give the DIR that their page is from"
         )
-    given, allowed = answer.get("answers"), {*_SIDES, SAME}
+    given, allowed = answer.get("answers"), [*_SIDES, SAME]
     if (
         not isinstance(given, list)
         or len(given) != len(key["items"])
@@ -170,7 +174,7 @@ def _checked(key: dict[str, Any], answer: dict[str, Any]) -> str:
         or any(one.get(question) not in allowed for one in given for question in QUESTIONS)
     ):
         raise ValueError(
-            f"the answers of {rater!r} must be {len(key['items'])}, each with "
+            f"{where}the answers of {rater!r} must be {len(key['items'])}, each with "
             f"{', '.join(QUESTIONS)} among {', '.join(sorted(allowed))}; ask for the file again"
         )
     return rater
@@ -212,7 +216,7 @@ def tally_command(
 ) -> None:
     """Print the preference ratios with intervals and agreement."""
     with cli.errors():
-        key = json.loads((study / KEY).read_text("utf-8"))
+        key = _key(study / KEY)
         result = tally(key, [_read(file) for file in files])
     a, b = key["a"], key["b"]
     columns = ("Which is more", a, b, "Same", f"{a} / {b}", "95 %", "Fleiss' kappa")
@@ -232,14 +236,46 @@ def tally_command(
         say(f"left out, for they failed an attention check: {', '.join(result['left_out'])}")
 
 
+@dataclass(frozen=True)
+class _KeyItem:
+    case_id: int
+    sides: list[Literal["a", "b"]] | None = None
+    check: Literal["1", "2"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.check is None) == (sorted(self.sides or []) != ["a", "b"]):
+            raise ValueError("it must have either both sides or a check")
+
+
+@dataclass(frozen=True)
+class _Key:
+    study: str
+    a: str
+    b: str
+    seed: int
+    items: list[_KeyItem]
+
+
+def _key(file: Path) -> dict[str, Any]:
+    """The key that `make` wrote. Raises ValueError where it is not whole."""
+    try:
+        key: dict[str, Any] = parsed(file.read_bytes())
+        options.validate(_Key, key, "")
+    except (JsonError, ConfigError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); restore it: without it the answers say nothing"
+        ) from None
+    return key
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        answer = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); ask the rater for it again") from None
+        answer = parsed(file.read_bytes())
+    except JsonError as error:
+        raise ValueError(f"{file} is damaged ({error}); ask the rater for it again") from None
     if not isinstance(answer, dict):
         raise ValueError(f"{file} must hold a rater's answers, got a {type(answer).__name__}")
-    return answer
+    return {**answer, "file": str(file)}
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ from rome import models
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
-from rome.paths import workspace
+from rome.paths import inside, workspace
 
 SWEEP = "sweep.parquet"
 _ROME = "rome"
@@ -94,6 +94,14 @@ def table(out: str, config: RunConfig) -> pl.DataFrame:
     return frame
 
 
+def _numbers(layers: str) -> list[int]:
+    """Raises ConfigError where one is no number."""
+    found = [layer.strip() for layer in layers.split(",") if layer.strip()]
+    if wrong := [layer for layer in found if not layer.isdecimal()]:
+        raise ConfigError(f"--layers must be numbers, separated by commas, got '{wrong[0]}'")
+    return [int(layer) for layer in found]
+
+
 app = cli.new_app()
 
 
@@ -111,9 +119,9 @@ def main(
 ) -> None:
     """Edit at every layer and token, and draw the scores; the same line resumes."""
     with cli.errors(*FAILURES):
-        chosen = [int(layer) for layer in layers.split(",") if layer]
+        chosen = _numbers(layers)
         run_config = expanded(configs.load(config, overrides or []), chosen, positions.split(","))
-        out = out or str(workspace() / "runs" / run_config.name)
+        out = out or str(inside(workspace() / "runs", run_config.name))
         status = evaluate(run_config, out)
         frame = table(out, run_config)
         figures.save(Store(out), {"sweep": figures.sweep_curves(frame, run_config.model.name)})

@@ -25,12 +25,13 @@ from jobs.output import figures
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.manifests import MANIFEST
-from jobs.runs.parts import PARTS, hive_path, hive_values, write_table
+from jobs.runs.parts import collect, hive_path, write_table
 from jobs.tasks.loading import load_model
-from jobs.tasks.tracing import TraceConfig, Tracing
+from jobs.tasks.tracing import TRACE_SCHEMA, TraceConfig, Tracing
 from rome import options, tracing
-from rome.analysis.effects import averages, effects, suggested_layer
-from rome.paths import workspace
+from rome.analysis.effects import averages, effects, not_finite, suggested_layer
+from rome.json_text import parsed
+from rome.paths import inside, workspace
 from rome.tracing import KnownFact
 
 EFFECTS, AVERAGES = "effects.parquet", "averages.parquet"
@@ -44,12 +45,14 @@ def read_facts(location: str) -> tuple[list[KnownFact], str]:
     data = sources.read(location)
     try:
         names = ("known_id", "subject", "attribute", "prompt")
-        facts = [KnownFact(**{name: row[name] for name in names}) for row in json.loads(data)]
+        facts = [KnownFact(**{name: row[name] for name in names}) for row in parsed(data)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{location} must be a JSON list of facts with known_id, subject, attribute and prompt "
             f"({error})"
         ) from error
+    if not facts:
+        raise ValueError(f"{location} must be a JSON list of facts, and has none")
     return facts, hashlib.sha256(data).hexdigest()
 
 
@@ -60,7 +63,8 @@ def run_traces(config: TraceConfig, out: str) -> int:
     # The noise is that of the whole file, however many of its facts are traced.
     manifest = _manifest(config, store, [fact.subject for fact in facts], digest)
     facts = facts[: config.limit]
-    grid = Grid((tuple(fact.known_id for fact in facts),), config.lease_facts)
+    ids = tuple(fact.known_id for fact in facts)
+    grid = Grid((ids,), config.lease_facts, origin=manifests.origin(manifest))
     work = Tracing(config, {f.known_id: f for f in facts}, grid, manifest["embedding_std"])
     outcome = run(
         store.sub("results"),
@@ -69,6 +73,7 @@ def run_traces(config: TraceConfig, out: str) -> int:
         work,
         config.workers,
         expect={"model_fingerprint": manifest["model_fingerprint"]},
+        begins=lambda: manifests.goes_on(store),
     )
     return cli.ended(outcome, "traces", "fact")
 
@@ -91,7 +96,9 @@ def _manifest(
 
 def _read(store: Store) -> dict[str, Any]:
     return manifests.read(
-        store, ("config", "facts", "model_fingerprint"), "Restore it, or choose another --out."
+        store,
+        ("config", "facts", "model_fingerprint", "embedding_std"),
+        "Restore it, or choose another --out.",
     )
 
 
@@ -115,17 +122,12 @@ def _model_facts(config: TraceConfig, subjects: Sequence[str]) -> dict[str, Any]
 
 
 def read_effects(store: Store) -> pl.DataFrame:
-    """The effects of a run, finished or not. Raises ValueError if no part is there."""
-    parts = store.list(PARTS, ".parquet")
-    if not parts:
-        raise ValueError(f"{store.uri} has no traces yet: no part in {PARTS}. Run jobs.trace.")
-    rows = [
-        pl.DataFrame(pl.from_arrow(store.read_table(part))).with_columns(
-            pl.lit(hive_values(part)["kind"]).alias("kind")
-        )
-        for part in parts
-    ]
-    return effects(pl.concat(rows))
+    """The effects of a run, finished or not. Raises ValueError as `parts.collect` does."""
+    origin = manifests.origin(_read(store))
+    rows = collect(store, lambda rows: rows.collect(), origin, TRACE_SCHEMA, ("kind",))
+    if odd := int(rows.select(not_finite().sum()).item()):
+        say(f"note: {odd} traces have numbers that are not finite; they are left out")
+    return effects(rows)
 
 
 def reduce(out: str) -> None:
@@ -182,7 +184,7 @@ def main(
         chosen = options.validate(
             TraceConfig, configs.filled(config, overrides or []), f"{config}: "
         )
-        out = out or str(workspace() / "traces" / chosen.name)
+        out = out or str(inside(workspace() / "traces", chosen.name))
         status = run_traces(chosen, out)
         reduce(out)
         for known_id in fact or []:

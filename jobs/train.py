@@ -30,6 +30,7 @@ from jobs.runs.manifests import MANIFEST
 from jobs.tasks.training import TrainConfig, best, finished, folder, read_curve, train
 from rome import options
 from rome.options import ConfigError
+from rome.paths import inside
 
 
 def load(path: str, overrides: list[str]) -> TrainConfig:
@@ -82,7 +83,7 @@ def _claim(config: TrainConfig, store: Store, records: Store | None) -> None:
         plain["passages"] = corpora.identity(CorpusConfig(corpus=str(config.data.corpus)))
     now = json.loads(json.dumps(plain))
     if store.exists(MANIFEST):
-        there = manifests.read(store, now, "Restore it, or choose another --out.")
+        there = manifests.read(store, now, "Restore it, or choose another --out.", kinds={})
         configs.refuse_another(store.uri, there, now, "training")
     else:
         manifests.write(store, now)
@@ -132,7 +133,7 @@ def main(
     """Train an editor; the same line resumes."""
     with cli.errors(*FAILURES):
         train_config = load(config, overrides or [])
-        status = run(train_config, out or str(folder() / train_config.name))
+        status = run(train_config, out or str(inside(folder(), train_config.name)))
     raise typer.Exit(status)
 
 

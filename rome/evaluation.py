@@ -11,7 +11,7 @@ from typing import Any
 
 from rome.data.records import Record, RecordError
 from rome.editors import Editor
-from rome.edits.deltas import Edit
+from rome.edits.deltas import Edit, total_norm
 from rome.models import EditableModel
 from rome.scoring import generation, greedy, probabilities, text_metrics
 from rome.scoring.generation import GenerationSettings
@@ -51,7 +51,8 @@ def evaluate(
     began = time.perf_counter()
     edits = editor.edit([record.request for record in records])
     for edit in edits:
-        if not isfinite(edit.health.get("norm", 0.0)):
+        norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
+        if not isfinite(norm):
             raise RecordError("the edit is not finite: it holds NaN or infinities")
     edited = time.perf_counter()
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})

@@ -21,6 +21,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Two processes, or two threads, may write the same file at once.
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    temporary.touch(exist_ok=False)  # A new file, and not what a link names.
     try:
         yield temporary
         _sync(temporary)

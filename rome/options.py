@@ -85,7 +85,8 @@ def validate(kind: type, data: Any, where: str) -> Any:
                 text = unknown("key", path[-1], _keys(kind, path[:-1]))
             else:
                 text = f"{problem['msg']}, got {problem.get('input')!r}"
-            lines.append(f"{where}{'.'.join(path)}: {text}")
+            named = where + ("." if where and path and not where.endswith((".", " ")) else "")
+            lines.append(f"{named}{'.'.join(path)}: {text}")
         raise ConfigError("\n".join(lines)) from None
 
 

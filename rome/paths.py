@@ -13,6 +13,19 @@ CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else ROOT / "c
 """Models, benchmarks, runs, trainings, traces and facts as YAML."""
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The folder or file of a name in a folder of the workspace.
+
+    Raises ValueError where it would lie elsewhere.
+    """
+    path = Path(os.path.normpath(folder / name))
+    if path == folder or not path.is_relative_to(folder) or "\0" in name:
+        raise ValueError(
+            f"a name must be that of a file or folder in {folder}, got {name!r}; give another name"
+        )
+    return path
+
+
 def workspace() -> Path:
     """The default folder of stores and runs: $ROME_WORKSPACE, else ~/rome-workspace.
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,9 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rome import files
+from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, memory, prompts
 from rome.models.hooks import hooked
 from rome.solver import Solver
+
+MOST_BYTES = 16 << 30
+"""Of an array in a .npz: a small file that unpacks to more is made to fill the memory."""
 
 
 class SpoiledError(Exception):
@@ -206,7 +214,14 @@ def load_factor(path: str | os.PathLike[str]) -> tuple[Tensor, int, MomentOrigin
             f"{factor.fingerprint()}, it says {metadata['fingerprint']}. "
             "Delete it and compute it again."
         )
-    return factor.sum_KK, factor.count, MomentOrigin(**json.loads(metadata["origin"]))
+    try:
+        origin = MomentOrigin(**parsed(metadata["origin"]))
+    except (KeyError, TypeError, JsonError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is damaged: its metadata 'origin' does not say of which weights it "
+            f"is ({error}). Delete it and compute it again."
+        ) from None
+    return factor.sum_KK, factor.count, origin
 
 
 def held(folder: Path, model: EditableModel, layers: Sequence[int]) -> str | None:
@@ -219,8 +234,8 @@ def held(folder: Path, model: EditableModel, layers: Sequence[int]) -> str | Non
         files = [path.with_name(f"layer-{layer}-{key}") for layer in layers]
         if all(file.exists() for file in files):
             with safe_open(path, framework="pt") as file:
-                origin = json.loads((file.metadata() or {}).get("origin", "{}"))
-            if origin.get("model_fingerprint") == fingerprint:
+                text = (file.metadata() or {}).get("origin", "")
+            if f'"{fingerprint}"' in text:  # Whole or not, `load` will say.
                 return str(path.with_name(f"layer-{{layer}}-{key}"))
     return None
 
@@ -247,19 +262,48 @@ def import_npz(path: str | os.PathLike[str]) -> SecondMoment:
     """A second moment from an `.npz` file as the authors of ROME publish them.
 
     `util/runningstats.py` there: `mom2.mom2` is the sum, `mom2.count` the number of tokens.
-    Raises ValueError where the file has no such entries.
+    Raises ValueError where the file has no such entries, is damaged, or unpacks to more than
+    MOST_BYTES.
     """
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as file:
-        if missing := {"mom2.mom2", "mom2.count"} - set(file.files):
-            raise ValueError(
-                f"{os.fspath(path)} lacks {sorted(missing)}; it holds {sorted(file.files)}. "
-                "Give a file of statistics collected with 'mom2', such as "
-                "transformer.h.17.mlp.c_proj_float32_mom2_100000.npz"
-            )
-        sum_KK = torch.from_numpy(file["mom2.mom2"]).double()
-        return _checked(SecondMoment(sum_KK, int(file["mom2.count"])), path)
+    where, names = os.fspath(path), ("mom2.mom2", "mom2.count")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = {info.filename.removesuffix(".npy") for info in archive.infolist()}
+            if missing := {*names} - held:
+                raise ValueError(
+                    f"{where} lacks {sorted(missing)}; it holds {sorted(held)}. "
+                    "Give a file of statistics collected with 'mom2', such as "
+                    "transformer.h.17.mlp.c_proj_float32_mom2_100000.npz"
+                )
+            for name in names:
+                with archive.open(f"{name}.npy") as entry:
+                    _refuse_too_large(where, name, entry)
+        with np.load(path, allow_pickle=False) as file:
+            sum_KK = torch.from_numpy(file["mom2.mom2"]).double()
+            count = int(file["mom2.count"])
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, MemoryError) as error:
+        raise ValueError(f"{where} is damaged or no .npz ({error!r}). Fetch it again.") from error
+    return _checked(SecondMoment(sum_KK, count), path)
+
+
+def _refuse_too_large(where: str, name: str, entry: IO[bytes]) -> None:
+    """By what the header of an array says, before its numbers are unpacked."""
+    from numpy.lib import format as npy
+
+    try:
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        shape, _, dtype = read[npy.read_magic(entry)](entry)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where}: {name} is damaged ({error}). Fetch it again.") from error
+    if dtype.hasobject:
+        raise ValueError(f"{where}: {name} must hold numbers, and holds Python objects")
+    if (size := math.prod(shape) * dtype.itemsize) > MOST_BYTES:
+        raise ValueError(
+            f"{where}: {name} must be of {MOST_BYTES >> 30} GiB at most, and says that it is of "
+            f"shape {shape}, {size / 2**30:.0f} GiB"
+        )
 
 
 def _checked(moment: SecondMoment, path: str | os.PathLike[str]) -> SecondMoment:

@@ -79,13 +79,42 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+_MOST_VALUES = 10_000_000
+"""Of a document whose aliases are written out."""
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values of a node. Raises YamlError where aliases of aliases make them too many, or one is
+    inside itself."""
+    if id(node) in known:
+        size = known[id(node)]
+        if not size:
+            raise YamlError(f"line {node.start_mark.line + 1}: an alias is inside its own anchor")
+        return size
+    known[id(node)] = 0
+    values = node.value if isinstance(node, yaml.CollectionNode) else []
+    parts = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    known[id(node)] = size = 1 + sum(_size(part, known) for part in parts)
+    if size > _MOST_VALUES:
+        raise YamlError(
+            f"line {node.start_mark.line + 1}: with its aliases written out, it has more than "
+            f"{_MOST_VALUES:,} values"
+        )
+    return size
+
+
 def load(text: str | bytes, only_text: bool = False) -> Any:
     """The value of a YAML document. Raises YamlError with the line of what is wrong.
 
     `only_text`: every single value must be text.
     """
     try:
-        return yaml.load(text, _TextLoader if only_text else _Loader)  # Both are safe.
+        loader = (_TextLoader if only_text else _Loader)(text)  # Both are safe.
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
     except YamlError:
         raise
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, ValueError) as error:

@@ -15,6 +15,7 @@ import pytest
 from scipy.stats import binomtest
 
 from jobs.compare import app, probability, read
+from jobs.reduce import app as reduce_app
 from rome.analysis.comparison import compare, health
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
@@ -81,6 +82,30 @@ def test_wilcoxon_ranks_the_differences_and_leaves_ties_out() -> None:
     # Of |0.2 -0.1 0.4 0.5 0.3| the one that is negative has rank 1: 2 of 2^5 signs are as far out
     # on this side.
     assert row["p"] == pytest.approx(2 * 2 / 2**5)
+
+
+def test_no_test_is_made_of_what_is_not_finite() -> None:
+    a = [0.3, 0.5, 0.9, math.nan, 0.7, 0.6, math.inf]
+    b = [0.1, 0.6, 0.5, 0.4, 0.2, -math.inf, 0.2]
+    (row,) = compare(pl.concat([rows("a", a), rows("b", b)]), ["ES"]).to_dicts()
+    (whole,) = compare(
+        pl.concat([rows("a", [0.3, 0.5, 0.9, 0.7]), rows("b", [0.1, 0.6, 0.5, 0.2])]), ["ES"]
+    ).to_dicts()
+    assert (row["n"], row["p"], row["difference"]) == (4, whole["p"], whole["difference"])
+    none = rows("c", [math.nan] * 7)
+    assert compare(pl.concat([rows("a", a), none]), ["ES"]).is_empty()
+
+
+def test_records_with_numbers_that_are_not_finite_are_said(tmp_path: Path) -> None:
+    made = {name: result_rows(20, "r", skill) for name, skill in (("none", 0.0), ("rome", 3.0))}
+    made["rome"][4]["rewrite_nll_new"] = [math.nan]
+    run = make_run(tmp_path / "run", made)
+    done = invoke(run, "--metric", "ES")
+    assert done.exit_code == 0, done.output
+    assert "nan" not in done.output
+    assert "note: 1 records of rome have numbers that are not finite" in done.output
+    reduced = commands.invoke(reduce_app, run)
+    assert "records with numbers that are not finite (score): 1" in " ".join(reduced.output.split())
 
 
 def test_editors_that_do_not_differ() -> None:

@@ -37,12 +37,17 @@ def test_the_documented_metric_is_in_the_tables_of_a_run_that_was_done_before(
                 n < t
                 for n, t in zip(r["paraphrase_nll_new"], r["paraphrase_nll_true"], strict=True)
             )
-            for r in rows[2:]
+            for r in rows[3:]
         ]
-        expected[editor] = 100 * sum(verdicts) / 40
+        expected[editor] = 100 * sum(verdicts) / 39
 
     monkeypatch.setitem(METRICS, "PS_all", METRICS["PS"])
-    names: dict[str, object] = {"METRICS": METRICS, "Metric": Metric, "pl": pl}
+    names: dict[str, object] = {
+        "METRICS": METRICS,
+        "Metric": Metric,
+        "pl": pl,
+        "scored": metrics.scored,
+    }
     exec(compile(ENTRY, "docs/new-metric.md", "exec", dont_inherit=True), names)
     done = CliRunner().invoke(reduce.app, [str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -54,10 +59,10 @@ def test_the_documented_metric_is_in_the_tables_of_a_run_that_was_done_before(
     assert "PS_all: records after all whose paraphrases the new object is likelier." in " ".join(
         done.output.split()
     )
-    assert "PS_all over 40" in done.output
+    assert "PS_all over 39" in done.output
     summary = pl.read_parquet(tmp_path / "summary.parquet")
     assert {"PS_all", "PS_all_half_width", "PS_all_low", "PS_all_n"} <= set(summary.columns)
-    pairs, _ = compare.compare([str(tmp_path)], ["PS_all"])
+    pairs, *_ = compare.compare([str(tmp_path)], ["PS_all"])
     assert pairs.row(0, named=True)["difference"] == pytest.approx(
         expected["rome"] - expected["none"]
     )

@@ -54,7 +54,13 @@ def test_every_failure_by_its_definition() -> None:
     def row(editor: str, case_id: int, **columns: Any) -> dict[str, Any]:
         healthy = {"ES": 1.0, "PS": 1.0, "NS": 1.0, "GE": 6.0, "neighborhood_nll_new": [2.0] * 4}
         zsre = dict.fromkeys(("efficacy", "paraphrase", "specificity"))
-        known = {"label": editor, "editor": editor, "case_id": case_id, "status": OK}
+        known: dict[str, Any] = {
+            "label": editor,
+            "editor": editor,
+            "case_id": case_id,
+            "status": OK,
+        }
+        known["not_finite"] = 0
         return {**known, **healthy, **zsre, "neighborhood_nll_true": [1.0] * 4, **columns}
 
     zsre = dict.fromkeys(("ES", "PS", "NS", "neighborhood_nll_new", "neighborhood_nll_true"))
@@ -73,14 +79,16 @@ def test_every_failure_by_its_definition() -> None:
         row("rome", 7, status=ERROR, **zsre, GE=None),
         row("rome", 8, **zsre, efficacy=1.0, paraphrase=0.5, specificity=0.25),
         row("rome", 9, **zsre, efficacy=0.5, paraphrase=0.5, specificity=0.3),
+        row("rome", 10, **zsre, not_finite=3, GE=None),
         row("rome", 99, neighborhood_nll_true=[9.0] * 4, GE=0.0),  # No unedited row: not known.
     ]
     schema = dict.fromkeys(("ES", "PS", "NS", "GE", "efficacy", "paraphrase"), pl.Float64)
     found = failures.with_failures(pl.DataFrame(rows, schema_overrides=schema))
-    dead, unlearnt, f1, f2, broken = (
+    dead, unlearnt, f1, f2, broken, not_finite = (
         found.filter(pl.col(failure.name))["case_id"].to_list() for failure in failures.FAILURES
     )
     assert (dead, unlearnt, f1, f2, broken) == ([7], [6, 9], [1, 8], [3, 5, 8], [6])
+    assert not_finite == [10]
 
 
 def test_the_page_holds_every_record(page_file: Path) -> None:

@@ -53,6 +53,7 @@ def test_what_is_done_how_fast_by_whom_and_what_failed(store: Store) -> None:
         rate=4 / 20,
         workers={"node:1": 2, "node:0": 2},
         driver=None,
+        not_finite=0,
     )
     assert status(store).left == 31
 
@@ -85,6 +86,15 @@ def test_the_command_says_it_in_words(store: Store) -> None:
     assert "a run: 9 of 40 rows (22.5 %), 31 left" in text
     assert "time left: 0:02:35" in text
     assert "2 x KeyError: 'x': rome a case 5, rome a case 7" in text
+
+
+def test_rows_with_numbers_that_are_not_finite_are_counted(store: Store) -> None:
+    rows = [{"case_id": 10, "not_finite": 2}, {"case_id": 11, "not_finite": 0}]
+    schema = pa.schema([("case_id", pa.int64()), ("not_finite", pa.uint32())])
+    name = f"results/{GROUPS['none']}/part-00000-000010-000012.parquet"
+    store.write_table(name, pa.Table.from_pylist(rows, schema=schema))
+    _, text = command("status", store.uri)
+    assert "rows with numbers that are not finite: 1" in text
 
 
 @pytest.mark.parametrize(

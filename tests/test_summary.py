@@ -87,9 +87,9 @@ def test_success_is_strict_and_magnitude_signed() -> None:
         row(2, rewrite=[(math.nan, 1.0)], neighborhood=[(math.nan, 1.0), (1.0, math.nan)]),
     ]
     metrics = frame(rows).with_columns(record_metrics()).collect()
-    assert metrics["ES"].to_list() == [1.0, 0.0, 0.0]
+    assert metrics["ES"].to_list() == [1.0, 0.0, None]
     assert metrics["PS"].to_list() == [0.5, 0.0, None]
-    assert metrics["NS"].to_list() == [1.0, 0.0, 0.0]
+    assert metrics["NS"].to_list() == [1.0, 0.0, None]
     gap = math.exp(-1) - math.exp(-2)
     assert metrics["EM"].to_list()[:2] == pytest.approx([gap, 0.0])
     assert metrics["PM"].to_list()[:2] == pytest.approx([0.0, 0.0])
@@ -215,6 +215,42 @@ def test_an_editor_that_fails_everywhere_scores_zero() -> None:
     summary = summarize(frame(rows)).to_dicts()[0]
     assert (summary["S"], summary["S_low"], summary["S_high"], summary["ES"]) == (0, 0, 0, 0)
     assert summary["PS"] > 0
+
+
+def test_numbers_that_are_not_finite_are_counted_and_no_mean_holds_them() -> None:
+    rows = random_rows(12)
+    whole = summarize(frame(rows[2:])).to_dicts()[0]
+    rows[0] |= {"GE": math.inf, "edit_norm": math.nan, "rewrite_nll_new": [math.nan]}
+    rows[0]["neighborhood_nll_true"] = [math.inf, *rows[0]["neighborhood_nll_true"][1:]]
+    rows[1] |= {"RS": math.nan}
+    metrics = frame(rows).with_columns(record_metrics()).collect()
+    assert metrics["not_finite"].to_list() == [4, 1] + [0] * 10
+    assert metrics["not_finite_in"].to_list() == ["edit, score, text", "text"] + [None] * 10
+    summary = summarize(frame(rows)).to_dicts()[0]
+    assert (summary["n"], summary["not_finite"]) == (12, 2)
+    assert summary["not_finite_in"] == "edit, score, text"
+    assert [summary[f"{name}_n"] for name in ("ES", "PS", "NS", "GE", "RS")] == [11, 12, 11, 11, 10]
+    assert all(math.isfinite(summary[name]) for name in METRICS)
+    assert summary["RS"] == pytest.approx(whole["RS"])
+    assert math.isfinite(summary["S_low"])
+
+
+def test_a_model_that_has_no_likelihoods_neither_succeeds_nor_fails() -> None:
+    rows = [
+        row(
+            0,
+            "P1",
+            **{kind: [(math.nan, math.nan)] for kind in KINDS},
+            target_new="Rome",
+            rewrite_greedy=["Rome"],
+            rewrite_accuracy=[0.0],
+            GE=6.0,
+        )
+    ]
+    summary = summarize(frame(rows)).to_dicts()[0]
+    assert (summary["n"], summary["not_finite"]) == (1, 1)
+    names = [*METRICS, "ES_strict", "efficacy"]
+    assert {name: summary[name] for name in names} == dict.fromkeys(names)
 
 
 def test_missing_kinds_are_null() -> None:

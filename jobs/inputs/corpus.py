@@ -18,10 +18,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import NonNegativeInt
 
 from cluster.store import Store
 from jobs.runs.config import CorpusConfig
+from rome import options
+from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, prompts
+from rome.options import ConfigError
 from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
@@ -86,6 +90,15 @@ class Passages:
         return texts
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What a store says of its passages, last of all."""
+
+    chunks: NonNegativeInt
+    tokens: NonNegativeInt
+    fingerprint: str
+
+
 Corpus = Sampled | Passages
 """Picklable: workers read or make the texts, which are the same in every process."""
 
@@ -130,7 +143,13 @@ def prepare(config: CorpusConfig, model: EditableModel, store: Store) -> Corpus:
         texts = _token_ids(config, model)
         data = json.dumps(_write(store, texts, config.tokens, in_chunk))
         store.write_bytes(manifest, data.encode())
-    passages = Passages(store, **json.loads(store.read_bytes(manifest)))
+    try:
+        said = options.validate(_Written, parsed(store.read_bytes(manifest)), "")
+    except (JsonError, ConfigError) as error:
+        raise ValueError(
+            f"{store.uri}/{manifest} is damaged ({error}); remove it: the corpus is read again"
+        ) from None
+    passages = Passages(store, said.chunks, said.tokens, said.fingerprint)
     if not passages.tokens:
         raise ValueError(f"the corpus {config.corpus} has no text")
     return passages

@@ -16,6 +16,7 @@ from rich.progress import track
 from cluster.lock import RunLock
 from cluster.queue import Grid
 from cluster.store import Store
+from cluster.words import redacted
 from jobs import cli
 from jobs.cli import say
 from jobs.inputs import sources
@@ -82,7 +83,7 @@ def prepare(
         "schema_version": SCHEMA_VERSION,
         "limit": limit,
         "separator": separator,
-        "skipped": content.invalid,
+        "skipped": [redacted(message) for message in content.invalid],
         "fingerprint": _fingerprint(records, texts),
     }
     store = Store(out)

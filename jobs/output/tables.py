@@ -131,6 +131,8 @@ def _row_notes(row: Row, metrics: Sequence[str]) -> list[str]:
     found = {
         f"in progress, {done} of {row['records']} records": done < row["records"],
         f"dead letters: {row['dead']}, not in the means": row["dead"],
+        f"records with numbers that are not finite ({row['not_finite_in']}): {row['not_finite']}, "
+        "not in the means that they would be in": row["not_finite"],
         f"duplicate rows dropped: {row['duplicates']}": row["duplicates"],
         f"partial metrics: {', '.join(some)} of {row['n']} records": some,
     }

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from cluster.settings import RunSettings
+from cluster.words import has_credentials
 from rome import options
 from rome.editors import EDITORS
 from rome.edits.sequences import Grouping
@@ -211,7 +212,8 @@ def _checked(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
 def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]:
     """Read a config's file and overrides, and put the file of its model in the model's place.
 
-    Raises ConfigError if a file cannot be read, an override has no `=`, or there are more models.
+    Raises ConfigError if a file cannot be read, an override has no `=`, a value holds a credential,
+    or there are more models.
     """
     one, *others = _filled_each(path, given)
     if others:
@@ -233,7 +235,23 @@ def _filled_each(path: str | os.PathLike[str], given: Sequence[str]) -> list[dic
             raise ConfigError(f"{path}: model must name a model, or a list of some, got []")
     else:
         chosen = [chosen]
-    return [options.overridden(_with_model(data, model), others) for model in chosen]
+    found = [options.overridden(_with_model(data, model), others) for model in chosen]
+    _refuse_credentials(found, str(path))
+    return found
+
+
+def _refuse_credentials(value: Any, key: str) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_credentials(inner, f"{key}: {name}" if ": " not in key else f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_credentials(inner, key)
+    elif isinstance(value, str) and has_credentials(value):
+        raise ConfigError(
+            f"{key} must have no password, key or token in it, since manifests and logs show it; "
+            "set it in the environment"
+        )
 
 
 def _with_model(data: dict[str, Any], model: Any) -> dict[str, Any]:

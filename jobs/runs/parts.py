@@ -9,16 +9,22 @@ import io
 import posixpath
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 import polars as pl
+import pyarrow as pa
 
+from cluster.origin import Origin
 from cluster.store import Store
+from rome.data.results import RESULT_SCHEMA
 
 PARTS = "results/"
 BATCHES = "batches/"
 """Below PARTS, the parts whose rows are batches of chains (see jobs.runs.chains)."""
-_COLUMNS = ("benchmark", "model", "editor")
+EVALUATED = ("benchmark", "model", "editor")
+"""The keys in the hive path of a result row."""
 
 
 def hive_path(**values: str) -> str:
@@ -26,51 +32,99 @@ def hive_path(**values: str) -> str:
     return "/".join(f"{key}={quote(value, safe='')}" for key, value in values.items())
 
 
-def hive_values(path: str) -> dict[str, str]:
-    """The values in a hive path."""
+def hive_values(path: str, keys: Sequence[str] = EVALUATED) -> dict[str, str]:
+    """The values in a hive path. Raises ValueError if it lacks one of these keys."""
     pairs = (name.split("=", 1) for name in path.split("/") if "=" in name)
-    return {key: unquote(value) for key, value in pairs}
+    values = {key: unquote(value) for key, value in pairs}
+    if not set(keys) <= values.keys():
+        raise ValueError(
+            f"parts must lie in a folder {'/'.join(f'{key}=' for key in keys)}, got {path}. Move "
+            "what is no part away and run the same command again."
+        )
+    return values
 
 
-def collect(store: Store, of: Callable[[pl.LazyFrame], pl.DataFrame]) -> pl.DataFrame:
-    """`of` the result rows of a run with its hive columns, reading only what it needs.
+def collect(
+    store: Store,
+    of: Callable[[pl.LazyFrame], pl.DataFrame],
+    origin: Origin | None = None,
+    schema: pa.Schema = RESULT_SCHEMA,
+    keys: Sequence[str] = EVALUATED,
+) -> pl.DataFrame:
+    """`of` the rows of a run with its hive columns `keys`, reading only what it needs.
 
-    Raises ValueError if there is none, or a part is not whole.
+    `schema`: the columns of a row; one that a part of an earlier version lacks is null there.
+    Raises ValueError if there is no part, or naming one that is not whole, of something else, or
+    that has a column of another type.
     """
     batches = f"{PARTS}{BATCHES}"
     parts = [name for name in store.list(PARTS, ".parquet") if not name.startswith(batches)]
     if not parts:
         raise ValueError(
             f"{store.uri} has no results yet: no part in {PARTS}. "
-            "Run jobs.evaluate, or wait for its first part, and reduce again."
+            "Begin the run, or wait for its first part, and run the same command again."
         )
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda part: _check(store, part, schema, origin or Origin()), parts))
     try:
-        return of(_scan(store, parts))
+        return of(scan(store, parts, pl.Schema(_types(schema)), keys))
     except (pl.exceptions.PolarsError, OSError):
         for part in parts:
             store.read_table(part)  # Names the damaged one.
         raise
 
 
-def _scan(store: Store, parts: Sequence[str]) -> pl.LazyFrame:
+def _check(store: Store, part: str, schema: pa.Schema, origin: Origin) -> None:
+    found, where = store.read_schema(part), f"{store.uri}/{part}"
+    origin.check(where, posixpath.dirname(part).removeprefix(PARTS), found)
+    there = _types(found.remove_metadata())
+    for name, kind in _types(schema).items():
+        if name not in there and not schema.field(name).nullable:
+            raise ValueError(
+                f"{where} lacks the column {name}: it is not a part of such a run. "
+                "Move it away and run the same command again."
+            )
+        if there.get(name, kind) != kind:
+            raise ValueError(
+                f"{where}: the column {name} must hold {kind}, but holds {there[name]}. "
+                "Move it away; the line that began the run does its rows again."
+            )
+
+
+@lru_cache(maxsize=16)  # Parts are alike.
+def _types(schema: pa.Schema) -> dict[str, pl.DataType]:
+    frame = pl.from_arrow(schema.empty_table())
+    assert isinstance(frame, pl.DataFrame)
+    return dict(frame.schema)
+
+
+def scan(
+    store: Store, parts: Sequence[str], schema: pl.Schema, keys: Sequence[str] = EVALUATED
+) -> pl.LazyFrame:
+    """The columns of `schema`, null in parts without them, and the hive columns `keys`."""
     folders = defaultdict(list)
     for part in parts:
         folders[posixpath.dirname(part)].append(store.address(part))
     # Not polars' own hive columns: those also come from the folders above the run directory.
     return pl.concat(
         [
-            pl.scan_parquet(files, glob=False, hive_partitioning=False).with_columns(
-                **{key: pl.lit(value) for key, value in _columns(folder).items()}
-            )
+            pl.scan_parquet(
+                files,
+                glob=False,
+                hive_partitioning=False,
+                schema=schema,
+                missing_columns="insert",
+                extra_columns="ignore",
+            ).with_columns(**{key: pl.lit(value) for key, value in _columns(folder, keys).items()})
             for folder, files in folders.items()
         ]
     )
 
 
-def _columns(folder: str) -> dict[str, str]:
+def _columns(folder: str, keys: Sequence[str]) -> dict[str, str]:
     """The values of a path that rows have not."""
-    values = hive_values(folder)
-    found = {key: values[key] for key in _COLUMNS if key in values}
+    values = hive_values(folder, keys)
+    found = {key: values[key] for key in keys}
     return found | ({"editor": row_of(folder)} if "edits" in values else {})
 
 

@@ -113,9 +113,23 @@ class _Looked:
         return [self.stored.find(case_id, request) for case_id, request in found]
 
 
+@dataclass(frozen=True)
+class _Model:
+    editors: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of the config in a run's manifest."""
+
+    model: _Model
+    editors: dict[str, Any]
+
+
 def check(config: RunConfig, manifest: Mapping[str, Any]) -> None:
     """Raises ConfigError where the edits that a run is to score are not of its model or editors."""
-    source = manifests.read(Store(str(config.edits)))
+    kinds = {"config": _Config, "model_fingerprint": str}
+    source = manifests.read(Store(str(config.edits)), kinds, kinds=kinds)
     before, now = source["model_fingerprint"], manifest["model_fingerprint"]
     if before != now:
         raise ConfigError(

@@ -107,7 +107,7 @@ class TracingTask:
     def _row(self, lease: Lease, known_id: int) -> dict[str, Any]:
         fact, began = self.tracing.facts[known_id], time.perf_counter()
         settings, std = self.tracing.config.trace, self.tracing.std
-        kind = hive_values(lease.group)["kind"]
+        kind = hive_values(lease.group, ("kind",))["kind"]
         found = tracing.trace(self.model, fact, kind, settings, std, self.token_budget)
         return {
             "case_id": known_id,

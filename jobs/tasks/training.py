@@ -6,15 +6,17 @@ where it validated best; `checkpoint.safetensors`, from which an interrupted tra
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
 
 from cluster.settings import RunSettings
 from cluster.store import Store
@@ -30,7 +32,7 @@ from rome.editors.objective import Example
 from rome.editors.training import Figures, Trainer, TrainingSettings
 from rome.models import EditableModel, memory
 from rome.options import ConfigError
-from rome.paths import workspace
+from rome.paths import inside, workspace
 from rome.scoring import generation
 from rome.scoring.generation import UNEDITED, GenerationSettings, Start
 
@@ -89,7 +91,7 @@ def trained(name: str) -> str:
 
     Raises ConfigError where it is not there.
     """
-    path = Path(name) if name.endswith(".safetensors") else folder() / name / WEIGHTS
+    path = Path(name) if name.endswith(".safetensors") else inside(folder(), name) / WEIGHTS
     if not path.is_file():
         how = "it must be a file that jobs.train wrote"
         if not name.endswith(".safetensors"):
@@ -107,14 +109,26 @@ def finished(curve: list[dict[str, Any]], settings: TrainingSettings) -> bool:
 
 def best(curve: list[dict[str, Any]]) -> int:
     """Index of the row with the lowest validation loss; row 0 is the unedited model."""
-    return min(range(1, len(curve)), key=lambda i: curve[i]["val_loss"], default=0)
+    losses = [row["val_loss"] for row in curve]
+    ranked = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return min(range(1, len(curve)), key=ranked.__getitem__, default=0)
 
 
 def read_curve(store: Store) -> list[dict[str, Any]]:
-    """A row per validation, the first that of the unedited model; none before the first."""
+    """A row per validation, the first that of the unedited model; none before the first.
+
+    Raises ValueError where the file is damaged or of something else.
+    """
     if not store.exists(CURVE):
         return []
     rows: list[dict[str, Any]] = store.read_table(CURVE).to_pylist()
+    names = ("step", "seconds", *(f"val_{field.name}" for field in fields(Figures)))
+    for name in names:
+        if not all(isinstance(row.get(name), int | float) for row in rows):
+            raise ValueError(
+                f"{store.uri}/{CURVE} is damaged: its column {name} must hold numbers. Restore it, "
+                "or choose another --out."
+            )
     return rows
 
 
@@ -137,7 +151,13 @@ def train(config: TrainConfig, source: Store | None, store: Store) -> Iterator[d
     trainer = Trainer(model, network, examples, config.training, budget)
     curve = read_curve(store)
     if store.exists(CHECKPOINT):
-        trainer.restore(store.read_bytes(CHECKPOINT))
+        try:
+            trainer.restore(store.read_bytes(CHECKPOINT))
+        except (SafetensorError, LookupError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{store.uri}/{CHECKPOINT} is damaged or of another network ({error!r}). Restore "
+                "it, or move it away: the training then begins anew."
+            ) from None
         curve = [row for row in curve if row["step"] <= trainer.step]
     else:
         curve = [_row(0, [], trainer.validate(edited=False), 0.0)]

@@ -15,7 +15,7 @@ from scipy.stats import wilcoxon
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from rome.analysis.metrics import METRICS
+from rome.analysis.metrics import METRICS, finite
 from rome.analysis.summary import cluster_of, resampled_means
 from rome.data.results import OK
 
@@ -37,7 +37,7 @@ def compare(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     `difference` (a - b), and its 95 % percentile bootstrap `low`, `high` clustered by relation as
     in `rome.analysis.summary` (null for fewer than two clusters); `test`, its two-sided `p`, and
     `p_holm`, adjusted for all rows of the result (Holm 1979). A metric without common records has
-    no row.
+    no row; a record whose number is NaN or infinite does not have the metric.
 
     Tests: `mcnemar`, exact, where the metric of every record is 0 or 1; else `wilcoxon`, signed
     ranks of the differences without the zeros. Both take records as independent, the interval does
@@ -50,7 +50,9 @@ def compare(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
         raise ValueError(f"a comparison takes at least two editors, got {labels}")
     if unknown := [name for name in metrics if name not in rows.columns]:
         raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {', '.join(unknown)}")
-    scored = rows.filter(pl.col("status") == OK)
+    scored = rows.filter(pl.col("status") == OK).with_columns(
+        finite(pl.col(name).cast(pl.Float64)).alias(name) for name in metrics
+    )
     binary = {name for name in metrics if scored[name].drop_nulls().is_in([0.0, 1.0]).all()}
     found = [
         row

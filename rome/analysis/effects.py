@@ -28,15 +28,27 @@ def roles(subject: range, tokens: int) -> list[list[str]]:
     return [[role for role in ROLES if t in members[role]] for t in range(tokens)]
 
 
+def not_finite() -> pl.Expr:
+    """True of a trace of a known fact that has a probability which is NaN or infinite."""
+    restored = pl.col("restored").list.eval(
+        pl.element().list.eval(pl.element().is_finite()).list.all()
+    )
+    finite = pl.all_horizontal(
+        pl.col("clean").is_finite(), pl.col("corrupted").is_finite(), restored.list.all()
+    )
+    return pl.col("known") & ~finite
+
+
 def effects(rows: pl.DataFrame) -> pl.DataFrame:
-    """One row per (kind, known_id, token, layer) of the known facts among `rows`.
+    """One row per (kind, known_id, token, layer) of the known facts among `rows`; without traces
+    that are `not_finite`.
 
     `rows`: those of a run of traces, with the column `kind`.
 
     `total_effect` = P[o] - P*[o] and `indirect_effect` = P*,restored[o] - P*[o], for the answer o.
     `roles` are the token's, see `roles`.
     """
-    rows = rows.filter(pl.col("known"))
+    rows = rows.filter(pl.col("known") & ~not_finite())
     counted = [
         roles(range(row["subject_start"], row["subject_stop"]), len(row["tokens"]))
         for row in rows.select("subject_start", "subject_stop", "tokens").iter_rows(named=True)

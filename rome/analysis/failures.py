@@ -65,6 +65,11 @@ FAILURES = (
         "they repeat themselves.",
         pl.col("GE") < LOW_ENTROPY * pl.col("before_GE"),
     ),
+    Failure(
+        "not finite",
+        "Numbers of the row are NaN or infinite; metrics are made without them.",
+        pl.col("not_finite") > 0,
+    ),
 )
 
 

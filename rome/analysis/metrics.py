@@ -17,6 +17,8 @@ from typing import Literal
 
 import polars as pl
 
+from rome.data.results import NUMBERS, RESULT_SCHEMA
+
 PROTOCOL = "paper, strict"
 
 Benchmark = Literal["counterfact", "zsre"]
@@ -38,20 +40,57 @@ class Metric:
     """A table's caption says this of it."""
 
 
+def finite(number: pl.Expr) -> pl.Expr:
+    """Null in the place of NaN and infinities: no mean and no test can hold them."""
+    return pl.when(number.is_finite()).then(number)
+
+
+def scored(kind: str, value: pl.Expr) -> pl.Expr:
+    """A value that is made of a kind's prompts; null where a likelihood of theirs is not finite.
+
+    A model that has no likelihoods has neither failed nor succeeded, whatever it says.
+    """
+    names = (f"{kind}_nll_{target}" for target in ("new", "true"))
+    return pl.when(pl.sum_horizontal(map(_count_not_finite, names)) == 0).then(value)
+
+
+def _count_not_finite(name: str) -> pl.Expr:
+    column = pl.col(name)
+    if name in _LISTS:
+        count = column.list.eval((~pl.element().is_finite()).cast(pl.UInt32)).list.sum()
+    else:
+        count = (~column.is_finite()).cast(pl.UInt32)
+    return count.cast(pl.UInt32).fill_null(0)
+
+
+_LISTS = {field.name for field in RESULT_SCHEMA if str(field.type).startswith("list")}
+
+
+def not_finite() -> list[pl.Expr]:
+    """How many numbers of a row are NaN or infinite, `not_finite`, and what they are of,
+    `not_finite_in`: edit, score, text; null where all are finite."""
+    counts = {
+        what: pl.sum_horizontal(map(_count_not_finite, names)) for what, names in NUMBERS.items()
+    }
+    total = pl.sum_horizontal(counts.values()).cast(pl.UInt32)
+    named = [pl.when(count > 0).then(pl.lit(what)) for what, count in counts.items()]
+    words = pl.concat_str(named, separator=", ", ignore_nulls=True)
+    return [total.alias("not_finite"), pl.when(total > 0).then(words).alias("not_finite_in")]
+
+
 def success(kind: str, better: str, worse: str) -> pl.Expr:
     """The share of a kind's prompts after which one target is strictly likelier than the other.
 
-    A tie, or a likelihood that is not a number, is a failure on either side.
+    A tie is a failure on either side.
     """
-    # A difference below zero, since NaN is greater than all numbers to polars, but is not here.
     difference = pl.col(f"{kind}_nll_{better}") - pl.col(f"{kind}_nll_{worse}")
-    return difference.list.eval(pl.element() < 0).list.mean()
+    return scored(kind, difference.list.eval(pl.element() < 0).list.mean())
 
 
 def magnitude(kind: str, better: str, worse: str) -> pl.Expr:
     """The mean difference of the targets' probabilities exp(-nll)."""
     one, other = (_probabilities(pl.col(f"{kind}_nll_{target}")) for target in (better, worse))
-    return (one - other).list.mean()
+    return scored(kind, (one - other).list.mean())
 
 
 def _probabilities(nll: pl.Expr) -> pl.Expr:
@@ -60,7 +99,7 @@ def _probabilities(nll: pl.Expr) -> pl.Expr:
 
 def likeliest_share(kind: str, of: str = "accuracy") -> pl.Expr:
     """Of the target's tokens, the share that is the likeliest (`eval_utils_zsre.py`)."""
-    return pl.col(f"{kind}_{of}").list.mean()
+    return scored(kind, pl.col(f"{kind}_{of}").list.mean())
 
 
 def said(kind: str) -> pl.Expr:
@@ -71,7 +110,7 @@ def said(kind: str) -> pl.Expr:
     # Inside a list no other column can be seen, so fenced texts are joined and the target sought.
     fenced = texts.list.eval(_fenced(pl.element())).list.join("")
     count = fenced.str.count_matches(_fenced(target), literal=True)
-    return pl.when(texts.list.len() > 0).then(count / texts.list.len())
+    return scored(kind, pl.when(texts.list.len() > 0).then(count / texts.list.len()))
 
 
 def _fenced(text: pl.Expr) -> pl.Expr:

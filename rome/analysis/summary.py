@@ -10,10 +10,20 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from rome.analysis.metrics import METRICS, PROTOCOL, SUCCESSES, harmonic_mean
-from rome.data.results import ERROR, OK, RESULT_SCHEMA
+from rome.analysis.metrics import (
+    METRICS,
+    PROTOCOL,
+    SUCCESSES,
+    finite,
+    harmonic_mean,
+    not_finite,
+    scored,
+)
+from rome.data.results import ERROR, NUMBERS, OK, RESULT_SCHEMA
 
 GROUP = ("run", "benchmark", "model", "editor")
+
+_COUNTS = ("n", "dead", "duplicates", "not_finite", "not_finite_in")
 
 _Z = 1.96
 _RESAMPLES = 1000
@@ -22,23 +32,25 @@ _SEED = 0
 
 
 # What the metrics of a record are made of.
-_READ = {
-    name: pl.List(pl.String if name.endswith("_greedy") else pl.Float64)
-    for name in RESULT_SCHEMA.names
-    if name.endswith(("_nll_new", "_nll_true", "_accuracy", "_accuracy_tokens", "_greedy"))
-} | dict.fromkeys(("target_new", "target_true", "neighborhood_target"), pl.String())
-_READ |= dict.fromkeys(("order", "edits", "age"), pl.Int32())
+_READ = (
+    dict.fromkeys(NUMBERS["score"], pl.List(pl.Float64))
+    | dict.fromkeys((*NUMBERS["edit"], *NUMBERS["text"]), pl.Float64())
+    | {name: pl.List(pl.String) for name in RESULT_SCHEMA.names if name.endswith("_greedy")}
+    | dict.fromkeys(("target_new", "target_true", "neighborhood_target"), pl.String())
+    | dict.fromkeys(("order", "edits", "age"), pl.Int32())
+)
 
 
 def record_metrics() -> list[pl.Expr]:
-    """All of METRICS that a result row has not, and `protocol`, for `with_columns`.
+    """All of METRICS that a result row has not, those of `not_finite`, and `protocol`, for
+    `with_columns`.
 
-    Null where the record has no such number or is a dead letter.
+    Null where the record has no such number, where it is not finite, or of a dead letter.
     """
     ok = pl.when(pl.col("status") == OK)
-    values = {name: metric.value for name, metric in METRICS.items()}
-    scored = [ok.then(value).alias(name) for name, value in values.items() if value is not None]
-    return [*scored, pl.lit(PROTOCOL).alias("protocol")]
+    values = {name: metric.value for name, metric in METRICS.items() if metric.value is not None}
+    metrics = [ok.then(finite(value)).alias(name) for name, value in values.items()]
+    return [*metrics, *not_finite(), pl.lit(PROTOCOL).alias("protocol")]
 
 
 def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
@@ -57,15 +69,18 @@ def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
     `n` counts the scored records, `dead` the dead letters, `duplicates` the rows dropped because
     (run, editor, order, case_id) was there already; a scored row is kept in preference to a dead
     letter. A checkpoint of a chain is an editor of its own here, over all orders together.
+    `not_finite` counts the records with numbers that are NaN or infinite, which the metrics made of
+    them are without, and `not_finite_in` says what these are of, see `metrics.not_finite`.
     """
+    others = ("order", "case_id", "relation_id", "status", "not_finite", "not_finite_in")
     records, duplicates = _deduplicate(
-        with_metrics(rows)
-        .select(*GROUP, "order", "case_id", "relation_id", "status", *METRICS)
-        .collect()
+        with_metrics(rows).select(*GROUP, *others, *METRICS).collect()
     )
     summary = records.group_by(*GROUP).agg(
         (pl.col("status") == OK).sum().alias("n"),
         (pl.col("status") == ERROR).sum().alias("dead"),
+        (pl.col("not_finite") > 0).sum(),
+        pl.col("not_finite_in").str.split(", ").explode().unique().sort().drop_nulls(),
         *(pl.col(name).mean() * 100 for name in METRICS),
         *(_half_width(name) for name in METRICS),
         *(pl.col(name).count().alias(f"{name}_n") for name in METRICS),
@@ -81,18 +96,26 @@ def summarize(rows: pl.LazyFrame) -> pl.DataFrame:
             harmonic_mean().alias("S"),
             pl.lit(None, pl.Float64).alias("S_half_width"),
             pl.col("duplicates").fill_null(0),
+            pl.col("not_finite_in").list.join(", "),
             pl.lit(PROTOCOL).alias("protocol"),
         )
-        .select(*GROUP, "protocol", "n", "dead", "duplicates", *_metric_columns())
+        .select(*GROUP, "protocol", *_COUNTS, *_metric_columns())
         .sort(*GROUP)
     )
 
 
 def with_metrics(rows: pl.LazyFrame) -> pl.LazyFrame:
-    """Result rows with their metrics; lists that an earlier version did not write are null."""
+    """Result rows with their metrics; numbers that an earlier version did not write are null.
+
+    What is not finite in GE and RS is null as well, and so are they where the edited fact has no
+    likelihood: then their texts are of no model.
+    """
     present = rows.collect_schema().names()
     missing = {name: pl.lit(None, kind) for name, kind in _READ.items() if name not in present}
-    return rows.with_columns(**missing).with_columns(record_metrics())
+    there = [name for name, metric in METRICS.items() if metric.value is None]
+    return rows.with_columns(**missing).with_columns(
+        *record_metrics(), *(scored("rewrite", finite(pl.col(name))).alias(name) for name in there)
+    )
 
 
 def _half_width(name: str) -> pl.Expr:

@@ -82,3 +82,10 @@ RESULT_SCHEMA = pa.schema(
         pa.field("worker", pa.string()),
     ]
 )
+
+NUMBERS = {
+    "edit": [f.name for f in RESULT_SCHEMA if f.name.startswith("edit_") and f.type == "double"],
+    "score": [field.name for field in RESULT_SCHEMA if field.type == pa.list_(pa.float64())],
+    "text": ["GE", "RS"],
+}
+"""The columns of numbers that may turn out not to be finite, by what they are of."""

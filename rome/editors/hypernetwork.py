@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from rome import options
 from rome.data.records import Request
 from rome.editors import gradients
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
 from rome.editors.mend import MendNetwork, MendSettings
 from rome.edits.deltas import Edit, total_norm
+from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, memory
 from rome.models.prompts import Text
+from rome.options import ConfigError
 from rome.settings import configurable
 
 Network = MendNetwork | KnowledgeEditorNetwork
@@ -117,10 +120,16 @@ def serialised(network: Network, origin: NetworkOrigin) -> bytes:
 def origin_for(file: Path, model: EditableModel, kind: str) -> NetworkOrigin:
     """Read the origin of a file that a training wrote.
 
-    Raises ValueError where it is of another kind or of another model.
+    Raises ValueError where it is damaged, of another kind or of another model.
     """
-    with safe_open(file, "pt") as opened:
-        origin = NetworkOrigin(**json.loads(opened.metadata()["origin"]))
+    try:
+        with safe_open(file, "pt") as opened:
+            written = parsed((opened.metadata() or {})["origin"])
+            origin: NetworkOrigin = options.validate(NetworkOrigin, written, "origin: ")
+    except (SafetensorError, KeyError, JsonError, ConfigError) as error:
+        raise ValueError(
+            f"{file} is damaged or no trained network ({error!r}); restore it, or train it again"
+        ) from None
     if origin.kind != kind:
         raise ValueError(f"{file} must be a trained {kind}, but is a {origin.kind}")
     if origin.model_fingerprint != model.origin:

@@ -24,11 +24,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rome import files
+from rome import files, options
 from rome.data.records import Request
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta
 from rome.edits.sequences import ChainState
+from rome.json_text import JsonError, parsed
 from rome.models import EditableModel
+from rome.options import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,15 @@ class EditOrigin:
     editor: str
     model: str
     model_fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Described:
+    """An edit in a file: the tensors of each weight by their number."""
+
+    request: Request
+    health: dict[str, int | float]
+    deltas: dict[str, int]
 
 
 def save(path: str | os.PathLike[str], edit: Edit, model: EditableModel, editor: str) -> None:
@@ -116,9 +127,14 @@ def loads(
     try:
         tensors = safetensors.torch.load(data)
         metadata = _metadata(data)
-        origin = EditOrigin(**json.loads(metadata["origin"]))
-        described = json.loads(metadata["edits"])
-    except (SafetensorError, KeyError) as error:
+        origin = EditOrigin(**parsed(metadata["origin"]))
+        described = options.validate(list[_Described], parsed(metadata["edits"]), "edits: ")
+        deltas = {
+            (name, number): _delta(tensors, f"{name}/{number}")
+            for one in described
+            for name, number in one.deltas.items()
+        }
+    except (SafetensorError, KeyError, TypeError, JsonError, ConfigError) as error:
         raise ValueError(
             f"{where} is damaged or no file of edits ({error!r}); make the edit again"
         ) from error
@@ -128,18 +144,13 @@ def loads(
             f"{model.name} has the weights {fingerprint[:16]}; load the model that was edited, in "
             "the dtype that it had, or make the edit again"
         )
-    deltas = {
-        (name, number): _delta(tensors, f"{name}/{number}")
-        for one in described
-        for name, number in one["deltas"].items()
-    }
     for (name, _), delta in deltas.items():
         _check_shape(name, delta, model, where)
     edits = [
         Edit(
-            Request(**one["request"]),
-            {name: deltas[name, number] for name, number in one["deltas"].items()},
-            one["health"],
+            one.request,
+            {name: deltas[name, number] for name, number in one.deltas.items()},
+            one.health,
         )
         for one in described
     ]
@@ -179,5 +190,5 @@ def _metadata(data: bytes) -> dict[str, Any]:
     """`__metadata__` of a safetensors file, which its library reads from paths only: eight bytes
     say how long the JSON header is that follows."""
     length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, Any] = json.loads(data[8 : 8 + length])["__metadata__"]
+    metadata: dict[str, Any] = parsed(data[8 : 8 + length])["__metadata__"]
     return metadata

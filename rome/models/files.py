@@ -57,6 +57,7 @@ def _dequantised(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:16]}"
     with _made_once(folder) as empty:
         if empty is not None:
+            _check_gguf(gguf)
             where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
             hf: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             hf.hf_quantizer = None
@@ -119,6 +120,16 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
             empty.mkdir()
             yield empty
             empty.rename(folder)
+
+
+def _check_gguf(gguf: Path) -> None:
+    """Raises ValueError where a GGUF file is cut, or says that it holds more than it does."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(gguf)
+    except (ValueError, LookupError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{gguf} is damaged or no GGUF file ({error}); fetch it again") from None
 
 
 def _restore_digit_split(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:

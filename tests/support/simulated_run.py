@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -268,7 +268,7 @@ class SimulatedWorker(Worker):
         self._process = process
 
     @contextmanager
-    def _limit(self, seconds: float) -> Iterator[None]:  # type: ignore[override]
+    def _limit(self, seconds: float, name: str) -> Iterator[None]:
         over = False
 
         def fire() -> None:
@@ -285,6 +285,9 @@ class SimulatedWorker(Worker):
             yield
         finally:
             over = True
+
+    def _log(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()  # Logs guard nothing.
 
     def _node(self) -> str:
         return self._process.node
@@ -566,7 +569,7 @@ class Simulation:
         def drive(table: LeaseTable, lock: RunLock) -> bool:
             crew = SimulatedCrew(self, process, grid, settings, config)
             told = Told(self, process, table)
-            write = dead_rows(store.sub("results"), work)
+            write = dead_rows(store.sub("results"), grid, work)
             driver = Driver(table, grid, settings, crew, write, {"config": config}, told, Unread())
             return driver.drive(stop, lock)
 
