@@ -90,10 +90,9 @@ class RunLock:
             return None
         try:
             holder: dict[str, Any] = json.loads(data)
-            kinds = {name: type(value) for name, value in self._holder.items()}
-            if {name: type(holder[name]) for name in kinds} == kinds and holder["pid"] > 0:
+            if holder.keys() >= self._holder.keys():
                 return holder
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, AttributeError, RecursionError):
             pass
         # Somebody's file that says nothing of use: alive if it changes, as every other.
         return dict.fromkeys(self._holder, "unknown") | {"token": hashlib.sha256(data).hexdigest()}
@@ -129,6 +128,6 @@ def _process_exists(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # One too large is of another kind of host.
+    except (PermissionError, OverflowError, TypeError):  # One too large is of another kind of host.
         return True
     return True
