@@ -524,7 +524,7 @@ class Simulation:
         """The config of the run, once it has a manifest."""
         if MANIFEST not in self.disk.files:
             return None
-        return str(json.loads(self.disk.files[MANIFEST].content)["config"])
+        return str(json.loads(self.disk.files[MANIFEST].content)["of"])
 
     def _done(self) -> bool:
         if not (self.quiet and self.outcomes):
@@ -590,10 +590,10 @@ class Simulation:
 
     def _claim(self, store: Store, config: str, process: Process) -> None:
         """As jobs.evaluate does."""
-        manifest = {"name": "run", "config": config}
+        manifest = {"name": "run", "of": config}
 
         def refuse(there: dict[str, Any]) -> None:
-            if there["config"] != config:
+            if there["of"] != config:
                 self.refused += 1
                 raise ValueError("the directory has another config")
 
