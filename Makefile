@@ -4,7 +4,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`.
 RECORDS ?= 40
 
-.PHONY: setup help bench perf gpu roundings simulate chaos scale table1 table4 table-variants lint check test clean
+.PHONY: setup help bench perf gpu roundings simulate chaos scale table1 table4 qaedit table-variants lint check test clean
 
 setup: .venv/installed ## Install everything into .venv (the default).
 
@@ -75,6 +75,13 @@ table-variants: $(STORES)/counterfact_1618/manifest.json ## Tabulate the variant
 	$(BIN)/python -m jobs.evaluate configs/runs/variants-smollm2.yaml \
 		--set benchmark=$(STORES)/counterfact_1618
 	$(BIN)/python -m jobs.compare $(WORKSPACE)/runs/variants-smollm2
+
+# QAEdit in a file of your own, or the published one: FILE=qaedit.json. Teacher forcing, strict, WILD.
+qaedit: FILE ?= qaedit
+qaedit: setup ## Tabulate QAEdit on SmolLM2, of FILE=qaedit.json.
+	$(BIN)/python -m jobs.prepare $(FILE) --out $(STORES)/$(basename $(notdir $(FILE)))
+	$(BIN)/python -m jobs.evaluate configs/runs/qaedit-smollm2.yaml \
+		--set benchmark=$(STORES)/$(basename $(notdir $(FILE)))
 
 # A training that is finished says how it went and ends.
 train-%-wiki: setup

@@ -67,7 +67,7 @@ def read(run_dirs: Sequence[str]) -> pl.DataFrame:
         orient="row",
     )
     return (
-        pl.concat(found.values())
+        pl.concat(found.values(), how="diagonal")
         .join(known, on=["folder", "editor"], maintain_order="left")
         .with_columns(_over_orders())
         # As in the summary, a scored row is kept in preference to a dead letter.

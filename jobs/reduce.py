@@ -47,7 +47,9 @@ def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
             uri: frame.with_columns(pl.lit(labels[uri]).alias("run"))
             for uri, frame in frames.items()
         }
-    return pl.concat(frames.values())
+    # Probe sets and judges are of one run or another.
+    every = pl.concat(frames.values(), how="diagonal")
+    return every.with_columns(pl.col("^.*_n$").fill_null(0))
 
 
 def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataFrame:

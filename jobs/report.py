@@ -27,6 +27,7 @@ from jobs.sweep import SWEEP
 from rome.analysis import comparison, failures
 from rome.analysis.failures import FAILURES
 from rome.analysis.metrics import SUCCESSES, table_of
+from rome.analysis.own_metrics import named_in
 from rome.data.results import ERROR, OK
 
 _FIGURES = "figures/"
@@ -57,8 +58,11 @@ def report(run_dirs: Sequence[str], texts: int) -> str:
     prompts = report_data.read_prompts([manifest_of[uri] for uri in uris])
     counterfact = bool(rows["ES"].count())
     metrics, extra = (
-        [name for name in table_of(benchmark) if _has(summary, name)]
-        for benchmark in ("counterfact" if counterfact else "zsre", None)
+        [name for name in names if _has(summary, name)]
+        for names in (
+            table_of("counterfact" if counterfact else "zsre"),
+            [*table_of(None), *named_in(summary.columns)],
+        )
     )
     per_record = [name for name in metrics if name != "S"]
     successes = [m for m in (SUCCESSES if counterfact else metrics) if m in per_record]

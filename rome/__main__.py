@@ -162,7 +162,8 @@ def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
     fact = request.text, request.target, request.separator
     asked = [probabilities.Query(e, *fact) for e in range(2)]
     scores = probabilities.score(model, asked, both, budget)
-    questions = [greedy.Question(e, *fact) for e in range(2)]
+    text, target, separator = fact
+    questions = [greedy.Question(e, text, (target,), separator) for e in range(2)]
     table = Table("", "before", "after")
     table.add_row(f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores))
     table.add_row(f"{request.text} ...", *greedy.say(model, questions, both, budget))

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, field
 from math import isfinite
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from rome.data.records import Record, RecordError
+from rome.data.wording import FORMS, in_form, worded
 from rome.editors import Editor
 from rome.edits.deltas import Edit, total_norm
-from rome.models import EditableModel
-from rome.scoring import generation, greedy, probabilities, text_metrics
+from rome.edits.several import RecordEditor, edit_records
+from rome.models import EditableModel, chat
+from rome.scoring import generation, greedy, probabilities, probe_sets, text_metrics
 from rome.scoring.generation import GenerationSettings
 from rome.scoring.probabilities import Extras
 from rome.settings import configurable
+
+PromptTemplate = Literal["raw", "chat", "chat_edits", "chat_probes"]
+"""Which prompts stand in the tokenizer's chat template: none, all, those of the edits, or those of
+what is asked."""
+
+
+@configurable(max_tokens=(1, 10_000))
+class WildSettings:
+    """Settings of WILD."""
+
+    form: str = "plain"
+    """One of `rome.data.wording.FORMS`."""
+    max_tokens: int = 50
+    """Tokens that are said at most."""
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
 
 @configurable()
@@ -29,39 +49,58 @@ class ScoringSettings:
     """Also decode greedy answers: ES_strict, PS_strict, NS_strict."""
     neighborhood_plus: bool = True
     """The neighborhood prompts once more, each after the edited sentence: NS_plus."""
+    wild: WildSettings | None = None
+    """Also decode as WILD does: ES_wild, PS_wild, NS_wild. Null does not."""
     reversed: bool = True
     """The reversed fact, where the relation has a prompt in configs/facts/reversed.yaml: RVS."""
 
 
 def evaluate(
     model: EditableModel,
-    editor: Editor,
+    editor: Editor | RecordEditor,
     records: Sequence[Record],
     settings: ScoringSettings,
     references: text_metrics.ReferenceTexts | None,
     token_budget: int,
     reversed_prompts: Mapping[str, str] = MappingProxyType({}),
+    prompt_template: PromptTemplate = "raw",
 ) -> tuple[list[dict[str, Any]], list[Edit]]:
     """One row per record, the columns of RESULT_SCHEMA that the science fills in; and the edits.
 
     `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
-    tokens of a forward pass at most. `reversed_prompts`: see `Extras`. Seconds are the record's
-    equal share of the batch's. Raises RecordError where one of the records cannot be done.
+    tokens of a forward pass at most. `reversed_prompts`: see `Extras`; these and the neighbors
+    after the edited sentence are no turns of a chat, and left out if what is asked is one. Seconds
+    are the record's equal share of the batch's. Raises RecordError where one of the records cannot
+    be done.
     """
+    edited_as, asked_as = _templates(model, prompt_template)
     began = time.perf_counter()
-    edits = editor.edit([record.request for record in records])
+    edits = edit_records(model, editor, [edited_as(record) for record in records])
     for edit in edits:
         norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
         if not isfinite(norm):
             raise RecordError("the edit is not finite: it holds NaN or infinities")
     edited = time.perf_counter()
+    asked = [asked_as(record) for record in records]
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
-    scores = probabilities.score_records(model, records, edits, token_budget, extras)
+    if prompt_template in ("chat", "chat_probes"):
+        extras = probabilities.BENCHMARK_ONLY
+    scores = probabilities.score_records(model, asked, edits, token_budget, extras)
+    probes = probe_sets.score_probes(model, asked, edits, settings.strict, token_budget)
     scored = time.perf_counter()
-    said: list[dict[str, list[str]]] = [{} for _ in records]
+    said: list[dict[str, Any]] = [{} for _ in records]
     if settings.strict:
-        said = greedy.say_records(model, records, edits, token_budget)
+        said = greedy.say_records(model, asked, edits, token_budget)
     spoken = time.perf_counter()
+    told: list[dict[str, Any]] = [{} for _ in records]
+    if wild := settings.wild:
+        formed = [asked_as(in_form(record, wild.form)) for record in records]
+        told = greedy.say_wild_records(model, formed, edits, wild.max_tokens, token_budget)
+        more = probe_sets.say_wild_probes(model, formed, edits, wild.max_tokens, token_budget)
+        probes = [
+            [a | b for a, b in zip(*pair, strict=True)] for pair in zip(probes, more, strict=True)
+        ]
+    answered = time.perf_counter()
     texts: list[list[str]] = [[] for _ in records]
     if settings.generation:
         texts = _texts(model, records, edits, settings.generation, token_budget)
@@ -74,10 +113,19 @@ def evaluate(
             "prompt": record.prompt,
             "target_new": record.target_new,
             "target_true": record.target_true,
-            "neighborhood_target": record.neighborhood_target,
-            "separator": record.separator,
+            "neighborhood_targets": record.neighborhood_targets or None,
+            "further": [asdict(one) for one in record.further] or None,
+            "original_id": record.original_id,
+            "prompt_template": prompt_template,
+            "separator": asked[r].separator,
             **scores[r],
             **said[r],
+            **told[r],
+            "wild_form": settings.wild and settings.wild.form,
+            "probes": [
+                asdict(probe) | row for probe, row in zip(record.probes, probes[r], strict=True)
+            ]
+            or None,
             "texts": texts[r],
             "GE": text_metrics.ngram_entropy(texts[r]) if texts[r] else None,
             "RS": _reference_score(references, record, texts[r]),
@@ -85,11 +133,34 @@ def evaluate(
             "seconds_edit": (edited - began) / len(records),
             "seconds_probabilities": (scored - edited) / len(records),
             "seconds_greedy": (spoken - scored) / len(records),
-            "seconds_generation": (generated - spoken) / len(records),
+            "seconds_wild": (answered - spoken) / len(records),
+            "seconds_generation": (generated - answered) / len(records),
         }
         for r, record in enumerate(records)
     ]
     return rows, edits
+
+
+Reworded = Callable[[Record], Record]
+
+
+def _templates(model: EditableModel, name: PromptTemplate) -> tuple[Reworded, Reworded]:
+    """What becomes of a record for its edit, and for what is asked."""
+    if name == "raw":
+        return _as_it_is, _as_it_is
+    turn = chat.template(model.tokenizer)
+
+    def in_chat(record: Record) -> Record:
+        return worded(record, turn, separator="")
+
+    return (
+        _as_it_is if name == "chat_probes" else in_chat,
+        _as_it_is if name == "chat_edits" else in_chat,
+    )
+
+
+def _as_it_is(record: Record) -> Record:
+    return record
 
 
 def _texts(

@@ -22,7 +22,7 @@ from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.tasks import stored_edits
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
-from rome.data.records import RecordError, Request
+from rome.data.records import RecordError, Request, from_table
 from rome.data.results import TOLD_KINDS
 from rome.editors import Editor
 from rome.edits import files as edit_files
@@ -254,9 +254,10 @@ def test_only_edits_that_are_there_and_fit_are_scored(tmp_path: Path) -> None:
         scorer.run(first)
     kept.write_table(f"results/{first.part}", task.run(first))
     # The same case ids of other facts.
+    there = from_table(records.read_table("shard-00000.parquet"))[:2]
     stored = stored_edits.StoredEdits(kept, group, task.model, task.fingerprint)
     with pytest.raises(ValueError, match=r"the edit of .* but the record asks for"):
-        stored.of(grid.ids(first)).edit(REQUESTS[:2])
+        stored.edit_records([replace(one, subject="Eve") for one in there])
 
 
 class Fragile:

@@ -339,7 +339,7 @@ def test_everyday_facts_are_complete(tmp_path: Path) -> None:
 
         neighbors, attributes = set(record.neighborhood_prompts), set(record.attribute_prompts)
         assert len(neighbors) == len(attributes) == len(record.generation_prompts) == 10
-        assert neighbors <= about(record.neighborhood_true)
+        assert neighbors <= about(str(record.target_true))
         assert attributes <= about(record.target_new)
         assert all(record.subject in prompt for prompt in record.generation_prompts)
         assert len(set(record.paraphrase_prompts)) == 2

@@ -225,7 +225,7 @@ def test_one_editor_of_zsre(tmp_path: Path) -> None:
     rows = [
         {
             "run": "zsre", "case_id": case_id, "prompt": "Where is {}?", "subject": "it",
-            "target_new": "Rome", "neighborhood_target": "x", "status": OK, "attempts": 1,
+            "target_new": "Rome", "neighborhood_targets": ["x"], "status": OK, "attempts": 1,
             "rewrite_accuracy": [1.0], "paraphrase_accuracy": [case_id % 2 / 2],
             "neighborhood_accuracy": [0.25], "neighborhood_greedy": ["y"],
         }

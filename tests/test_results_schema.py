@@ -23,7 +23,7 @@ def documented(text: str) -> dict[str, str]:
 
 def types(schema: pa.Schema) -> dict[str, str]:
     return {
-        field.name: str(field.type).replace("item: ", "").replace("large_", "")
+        field.name: str(field.type).replace("<item: ", "<").replace("large_", "")
         + ("" if field.nullable else " not null")
         for field in schema
     }

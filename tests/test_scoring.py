@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rome.data import rows as rows_of
+from rome.data.answers import until_stop
 from rome.data.records import Record
 from rome.models import EditableModel
 from rome.scoring import generation, greedy
@@ -196,15 +197,15 @@ def said_plainly(model: EditableModel, prompt: str, target: str) -> list[int]:
 def test_greedy_texts_equal_those_of_one_token_at_a_time(family: str, kind: str) -> None:
     model = tiny.model(family, "float64", kind)
     edits = random_edits(model)
-    questions = [Question(e, p, t) for e in range(4) for p in PROMPTS[:4] for t in TARGETS[1:]]
+    questions = [Question(e, p, (t,)) for e in range(4) for p in PROMPTS[:4] for t in TARGETS[1:]]
     expected = []
     for question in questions:
         with changed(model, edits[question.edit]):
-            ids = said_plainly(model, question.prompt, question.target)
+            ids = said_plainly(model, question.prompt, *question.targets)
         text = str(model.tokenizer.decode(ids))
         for special in model.tokenizer.all_special_tokens:
             text = text.split(special)[0]
-        expected.append(greedy.until_stop(text, question.target))
+        expected.append(until_stop(text, *question.targets))
     assert len(set(expected)) > 20
     order = random.Random(0).sample(range(len(questions)), len(questions))
     for budget in (1, 100, 10_000):
@@ -226,14 +227,14 @@ def test_greedy_texts_equal_those_of_one_token_at_a_time(family: str, kind: str)
     ],
 )
 def test_what_is_said_ends_at_a_natural_stop(text: str, target: str, kept: str) -> None:
-    assert greedy.until_stop(text, target) == kept
+    assert until_stop(text, target) == kept
 
 
 def test_a_prompt_that_fills_the_positions_is_answered_within_them() -> None:
     model = tiny.model("gpt2")
-    long = Question(0, "東京" * 20 + " is", "Rome")
+    long = Question(0, "東京" * 20 + " is", ("Rome",))
     count = len(model.encode([long.prompt])[0].ids)
-    questions = [long, Question(0, "Rome is", "in Italy, which is in 1890 as in 2022")]
+    questions = [long, Question(0, "Rome is", ("in Italy, which is in 1890 as in 2022",))]
     model.hf.config.max_position_embeddings = count + 2
     found = greedy.say(model, questions, random_edits(model), 10_000)
     assert found == [greedy.say(model, [one], random_edits(model), 1)[0] for one in questions]
@@ -285,7 +286,7 @@ def test_every_end_of_an_answer_ends_it() -> None:
     ],
 )
 def test_sentences_of_other_scripts_end_too(text: str, target: str, kept: str) -> None:
-    assert greedy.until_stop(text, target) == kept
+    assert until_stop(text, target) == kept
 
 
 def test_an_extra_prompt_that_is_too_long_empties_its_column_only() -> None:

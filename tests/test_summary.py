@@ -94,7 +94,7 @@ def test_success_is_strict_and_magnitude_signed() -> None:
     assert metrics["EM"].to_list()[:2] == pytest.approx([gap, 0.0])
     assert metrics["PM"].to_list()[:2] == pytest.approx([0.0, 0.0])
     assert metrics["NM"].to_list()[:2] == pytest.approx([gap, 0.0])
-    assert metrics["protocol"].unique().to_list() == ["paper, strict"]
+    assert metrics["protocol"].unique().to_list() == ["paper, strict, wild"]
 
 
 def test_a_record_without_prompts_and_a_dead_letter_have_no_metrics() -> None:
@@ -119,7 +119,12 @@ def test_strict_is_the_target_and_nothing_else() -> None:
             neighborhood_greedy=["Paris", "paris", "St. Louis", "Paris.", "In Paris"],
         ),
         row(1, **targets, rewrite_greedy=[""], paraphrase_greedy=[]),
-        row(2, target_new="a.b", neighborhood_target="No.", neighborhood_greedy=["No", "No."]),
+        row(
+            2,
+            target_new="a.b",
+            neighborhood_targets=["No.", "No."],
+            neighborhood_greedy=["No", "No."],
+        ),
         row(3, **targets, rewrite_greedy=["St. Louis St. Louis"], paraphrase_greedy=["aSt. Louis"]),
         row(4, target_new="a.b", rewrite_greedy=["axb"]),
     ]
@@ -160,11 +165,13 @@ def test_accuracies_the_reversed_fact_and_neighbors_after_the_edited_sentence() 
 
 def test_rows_of_an_earlier_version_are_summarized() -> None:
     rows = random_rows(5)
-    late = [name for name in RESULT_SCHEMA.names if name.endswith(("_accuracy", "_greedy"))]
+    late = [
+        name for name in RESULT_SCHEMA.names if name.endswith(("_accuracy", "_greedy", "_wild"))
+    ]
     late += [
         name for name in RESULT_SCHEMA.names if name.startswith(("reversed", "neighborhood_p"))
     ]
-    early = frame(rows).drop(*late, "neighborhood_target")
+    early = frame(rows).drop(*late, "neighborhood_targets")
     assert summarize(early).equals(summarize(frame(rows)))
 
 

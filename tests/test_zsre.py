@@ -21,7 +21,7 @@ from jobs.inputs.record_stores import prepare
 from jobs.prepare import app
 from rome.analysis.summary import summarize
 from rome.data import rows as rows_of
-from rome.data.records import RECORD_SCHEMA, Record, from_table, to_table
+from rome.data.records import Record, from_table, to_table
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import Unedited
 from rome.edits.deltas import Edit
@@ -66,7 +66,7 @@ def test_a_row_becomes_what_the_reference_makes_of_it() -> None:
     assert (record.target_new, record.target_true) == ("Italy, Rome", None)
     assert record.paraphrase_prompts == ("Where is the Tokyo Tower?",)
     assert record.neighborhood_prompts == ("nq question: what is the capital of france?",)
-    assert (record.neighborhood_target, record.neighborhood_true) == ("Paris", "Paris")
+    assert record.neighbors == (("nq question: what is the capital of france?", "Paris"),)
     assert from_table(to_table([record])) == [record]
 
 
@@ -111,15 +111,14 @@ def test_a_file_of_zsre_is_known_by_its_keys(tmp_path: Path) -> None:
     assert described.exit_code == 0, described.output
 
 
-def test_a_store_of_the_first_schema_is_readable() -> None:
-    record = Record(1, "P1", "{} is", "a", "b", "c", None, None, (), (), (), ())
-    old = pa.schema(
-        field.with_nullable(False) if field.name == "target_true" else field
-        for field in RECORD_SCHEMA
-        if field.name != "neighborhood_target"
-    )
-    table = to_table([record]).drop_columns("neighborhood_target").cast(old)
-    assert from_table(table) == [record]
+def test_stores_of_earlier_schemas_are_readable() -> None:
+    record = Record(1, "P1", "{} is", "a", "b", "c", None, None, (), ("d is",), (), ())
+    later = ["neighborhood_targets", "separator", "original_id", "further", "probes"]
+    old = to_table([record]).drop_columns(later)
+    assert from_table(old) == [record]
+    # Once there was one answer to all neighborhood prompts.
+    (found,) = from_table(old.append_column("neighborhood_target", pa.array(["e"])))
+    assert found.neighbors == (("d is", "e"),)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_accuracies_equal_the_references(family: str) -> None:
                 [
                     correct(model, record.request.text, record.target_new),
                     correct(model, record.paraphrase_prompts[0], record.target_new),
-                    correct(model, record.neighborhood_prompts[0], record.neighborhood_true),
+                    correct(model, *record.neighbors[0]),
                 ]
             )
     shares = [[sum(hits) / len(hits) for hits in three] for three in expected]
@@ -189,7 +188,7 @@ def test_accuracies_of_a_real_model_equal_the_references() -> None:
         for kind, prompt, target in (
             ("rewrite", record.request.text, record.target_new),
             ("paraphrase", record.paraphrase_prompts[0], record.target_new),
-            ("neighborhood", record.neighborhood_prompts[0], record.neighborhood_true),
+            ("neighborhood", *record.neighbors[0]),
         ):
             hits = correct(model, prompt, target)
             found.append(sum(hits) / len(hits))
@@ -248,7 +247,7 @@ def test_parts_of_characters_are_encoded_again_as_the_released_code_does(family:
         for kind, prompt, target in (
             ("rewrite", record.request.text, record.target_new),
             ("paraphrase", record.paraphrase_prompts[0], record.target_new),
-            ("neighborhood", record.neighborhood_prompts[0], record.neighborhood_true),
+            ("neighborhood", *record.neighbors[0]),
         ):
             paper, tokens = as_released(model, prompt, target), correct(model, prompt, target)
             assert column[f"{kind}_accuracy"] == [sum(paper) / len(paper)], (target, prompt)

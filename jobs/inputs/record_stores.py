@@ -30,7 +30,7 @@ from rome.options import ConfigError
 from rome.paths import workspace
 from rome.scoring.text_metrics import fit_tfidf
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SHARD_ROWS = 512
 Separator = Literal["space", "none", "script"]
 """`script`: nothing after a prompt in a script that writes words without spaces, else a space."""
@@ -70,6 +70,11 @@ def prepare(
         raise ValueError(f"{source} holds no valid record")
     records = _separated(content.records, separator)
     _say_what_cannot_be_scored(records)
+    if twice := sum(one.subject in one.prompt for one in records):
+        say(
+            f"note: the prompts of {twice:,} records hold their subject more than once; what is "
+            "edited is where {} stands, in QAEdit the last place"
+        )
     benchmark = sources.benchmarks().get(source)
     location = reference_texts or (benchmark and benchmark.reference_texts)
     texts = sources.reference_texts(location) if location else content.texts

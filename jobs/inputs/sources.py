@@ -20,8 +20,9 @@ from jobs.cli import CONSOLE
 from jobs.inputs import formats
 from rome.data import fact_tables, facts
 from rome.data.facts import ReferenceText
-from rome.data.records import Record, check_whole
+from rome.data.records import Record
 from rome.data.rows import from_row
+from rome.data.texts import check_whole
 from rome.paths import CONFIGS
 
 _TIMEOUT_S = 60

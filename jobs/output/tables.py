@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from jobs.runs.labels import UNEDITED
 from rome.analysis.metrics import METRICS, SUCCESSES, table_of
+from rome.analysis.own_metrics import caption_of, named_in
 from rome.paths import CONFIGS
 
 _COUNTS = ("n", "dead")
@@ -152,7 +153,8 @@ def _measured(frame: pl.DataFrame) -> list[_Block]:
     runs = {row["run"] for row in rows if row["ES"] is None and row["efficacy"] is not None}
     zsre = [row for row in rows if row["run"] in runs]
     others = [row for row in rows if row["run"] not in runs]
-    extra = [name for name in table_of(None) if any(row[name] is not None for row in rows)]
+    named = [*table_of(None), *named_in(frame.columns)]
+    extra = [name for name in named if any(row[name] is not None for row in rows)]
     blocks = (
         _Block(table_of("counterfact"), others),
         _Block(table_of("zsre"), zsre),
@@ -185,12 +187,12 @@ def _published() -> dict[str, Any]:
 
 
 def _caption(blocks: Sequence[_Block], form: _Form) -> str:
-    shown = [METRICS[name] for block in blocks for name in block.metrics if name in METRICS]
-    in_bits = [name for block in blocks for name in block.metrics if is_in_bits(name)]
+    shown = [name for block in blocks for name in block.metrics if name != "S"]
+    in_bits = [name for name in shown if is_in_bits(name)]
     scale = "All x 100" if form.paper else "In %, magnitudes in points"
     if in_bits and not form.paper:
         scale += f", {in_bits[0]} in bits with its change against unedited"
-    captions = dict.fromkeys(metric.caption for metric in shown if metric.caption)
+    captions = dict.fromkeys(filter(None, map(caption_of, shown)))
     return _CAPTION.format(scale=scale) + (f" {'; '.join(captions)}." if captions else "")
 
 

@@ -22,7 +22,7 @@ from cluster.words import has_credentials
 from rome import options
 from rome.editors import EDITORS
 from rome.edits.sequences import Grouping
-from rome.evaluation import ScoringSettings
+from rome.evaluation import PromptTemplate, ScoringSettings
 from rome.options import ConfigError
 from rome.paths import CONFIGS
 from rome.settings import configurable, within
@@ -112,6 +112,9 @@ class RunConfig:
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    prompt_template: PromptTemplate = "raw"
+    """`chat` puts all prompts that a target follows into the tokenizer's chat template, as a user's
+    turn; `chat_edits` those of the edits alone, `chat_probes` those of all that is asked."""
     keep_edits: bool = False
     """Also write the edits themselves, see jobs.tasks.stored_edits. The dense ones of fine-tuning
     are as large as the weights that they change, for each record."""

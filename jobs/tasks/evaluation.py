@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from rome.edits import sequences
 from rome.edits.deltas import Edit
 from rome.edits.files import EditOrigin
 from rome.edits.sequences import turns
+from rome.edits.several import RecordEditor
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
 from rome.scoring.generation import sample_context_texts
@@ -203,10 +204,9 @@ class EvaluationTask:
         name = hive_values(lease.group)["editor"]
         found = self._records(evaluation.grid.ids(lease))
         if evaluation.config.takes_stored(name):
-            stored = self._stored(lease.group)
-            return self._scored(lambda some: stored.of([one.case_id for one in some]), found)
+            return self._scored(self._stored(lease.group), found)
         if evaluation.config.grouping(name).size == 1:
-            return self._scored(lambda _: self.editors[name], found)
+            return self._scored(self.editors[name], found)
         done: list[_Done] = []
         try:
             for editor, places in turns(self.editors[name], len(found)):
@@ -232,13 +232,11 @@ class EvaluationTask:
             )
         return [found[case_id] for case_id in ids]
 
-    def _scored(
-        self, editor: Callable[[Sequence[Record]], Editor], some: Sequence[Record]
-    ) -> list[_Done]:
+    def _scored(self, editor: Editor | RecordEditor, some: Sequence[Record]) -> list[_Done]:
         """The rows of records, each with a model of its own: one that cannot be done has its error,
         at once, since it would have it again."""
         try:
-            return self._at_once(editor(some), some)
+            return self._at_once(editor, some)
         except RecordError as error:
             if len(some) == 1:
                 return [self._failed(some[0], error)]
@@ -248,7 +246,7 @@ class EvaluationTask:
         log.warning("case %d cannot be done", record.case_id, exc_info=error)
         return {"case_id": record.case_id, "status": ERROR, "error": describe_error(error)}, None
 
-    def _at_once(self, editor: Editor, some: Sequence[Record]) -> list[_Done]:
+    def _at_once(self, editor: Editor | RecordEditor, some: Sequence[Record]) -> list[_Done]:
         evaluation = self.evaluation
         rows, edits = evaluate(
             self.model,
@@ -258,6 +256,7 @@ class EvaluationTask:
             self.references,
             self.token_budget,
             evaluation.reversed_prompts,
+            evaluation.config.prompt_template,
         )
         kept = edits if evaluation.config.keep_edits else [None] * len(rows)
         return list(zip(rows, kept, strict=True))

@@ -7,7 +7,6 @@ name, in their order. It is committed before the part, so what has a part has it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +15,7 @@ from cluster.store import DamagedError, Store
 from jobs.runs import config as configs
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
-from rome.data.records import RecordError, Request
-from rome.editors import Editor
+from rome.data.records import Record, RecordError, Request
 from rome.edits import files as edit_files
 from rome.edits.deltas import Edit
 from rome.edits.files import EditOrigin
@@ -71,9 +69,9 @@ class StoredEdits:
         # Leases follow each other in the parts.
         self._read = lru_cache(maxsize=1)(self._load)
 
-    def of(self, case_ids: Sequence[int]) -> Editor:
-        """An editor for the requests of these records, which must be the ones that were edited."""
-        return _Looked(self, case_ids)
+    def edit_records(self, records: Sequence[Record]) -> list[Edit]:
+        """The edits of records, which must be the ones that were edited."""
+        return [self.find(record.case_id, record.requests[-1]) for record in records]
 
     def find(self, case_id: int, request: Request) -> Edit:
         """Raises RecordError where the record has no edit, or one of another request, and
@@ -101,16 +99,6 @@ class StoredEdits:
             return edit_files.loads(data, self._model, self._fingerprint, where)[0]
         except ValueError as error:  # That they are of this model was checked before the run.
             raise DamagedError(str(error)) from error
-
-
-@dataclass(frozen=True)
-class _Looked:
-    stored: StoredEdits
-    case_ids: Sequence[int]
-
-    def edit(self, requests: Sequence[Request]) -> list[Edit]:
-        found = zip(self.case_ids, requests, strict=True)
-        return [self.stored.find(case_id, request) for case_id, request in found]
 
 
 @dataclass(frozen=True)

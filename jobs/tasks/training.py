@@ -213,7 +213,7 @@ def examples_of(source: Store, skip: int) -> list[Example]:
         Example(
             record.request,
             record.paraphrase_prompts,
-            tuple((prompt, record.neighborhood_true) for prompt in record.neighborhood_prompts),
+            record.neighbors,
         )
         for record in read[skip:]
     ]

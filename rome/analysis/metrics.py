@@ -1,11 +1,14 @@
 """The metrics of a record, each defined in one place: tables, comparisons, reports follow.
 
-Two protocols stand side by side:
+Three protocols stand side by side:
 - paper: what the released code of the ROME paper computes (`experiments/summarize.py`) from
   probabilities under teacher forcing. It has all metrics but those of
 - strict: names end in `_strict`. The model speaks greedily until a natural stop (see
-  `rome.scoring.greedy`) and must say the target and nothing else. Case counts; white space at
+  `rome.data.answers`) and must say the target and nothing else. Case counts; white space at
   either end and in runs, and a full stop at the end, do not.
+- wild: names end in `_wild`. The model is asked in one of WILD's forms (arXiv 2502.11177) and
+  speaks up to 50 tokens; what comes before a sentence's end or a line break must be the target
+  after SQuAD's normalisation.
 
 docs/new-metric.md adds one.
 """
@@ -13,13 +16,15 @@ docs/new-metric.md adds one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import polars as pl
 
+from rome.data import answers
 from rome.data.results import NUMBERS, RESULT_SCHEMA
 
-PROTOCOL = "paper, strict"
+PROTOCOL = "paper, strict, wild"
 
 Benchmark = Literal["counterfact", "zsre"]
 
@@ -104,25 +109,52 @@ def likeliest_share(kind: str, of: str = "accuracy") -> pl.Expr:
 
 def said(kind: str) -> pl.Expr:
     """The share of prompts after which the model says the target, in NS the true one."""
-    true = pl.coalesce("neighborhood_target", "target_true")
-    target = true if kind == "neighborhood" else pl.col("target_new")
     texts = pl.col(f"{kind}_greedy")
-    # Inside a list no other column can be seen, so fenced texts are joined and the target sought.
-    fenced = texts.list.eval(_fenced(pl.element())).list.join("")
-    count = fenced.str.count_matches(_fenced(target), literal=True)
-    return scored(kind, pl.when(texts.list.len() > 0).then(count / texts.list.len()))
+    # Inside a list no other column can be seen, but lists of numbers can be subtracted.
+    difference = _hashed(texts) - _hashed(_right(kind, texts))
+    equal = difference.list.eval((pl.element() == 0).cast(pl.Float64))
+    return scored(kind, equal.list.mean())
 
 
-def _fenced(text: pl.Expr) -> pl.Expr:
-    """The words of a text, between characters that no text has."""
-    words = text.str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
-    words = words.str.replace(r"[.。]$", "")
-    return pl.concat_str(pl.lit("\x02"), words.str.strip_chars(), pl.lit("\x03"))
+def said_wild(kind: str) -> pl.Expr:
+    """The share of prompts after which WILD's text is the target, in NS the true one."""
+    texts = pl.col(f"{kind}_wild")
+
+    def share(row: dict[str, list[str] | None]) -> float | None:
+        if not row["texts"] or row["right"] is None:
+            return None
+        pairs = zip(row["texts"], row["right"], strict=True)
+        return fmean(answers.wild(text, [target]) for text, target in pairs)
+
+    pairs = pl.struct(texts.alias("texts"), _right(kind, texts).alias("right"))
+    return scored(kind, pairs.map_elements(share, pl.Float64, skip_nulls=False))
+
+
+def _right(kind: str, texts: pl.Expr) -> pl.Expr:
+    """What is right after each of the prompts that `texts` answer."""
+    number = texts.list.len()
+    new = pl.col("target_new").repeat_by(number)
+    if kind == "neighborhood":
+        return pl.coalesce("neighborhood_targets", pl.col("target_true").repeat_by(number))
+    if kind == "rewrite":
+        more = pl.col("further").list.eval(pl.element().struct.field("target"))
+        first = pl.col("target_new").repeat_by(pl.min_horizontal(number, pl.lit(1)))
+        return pl.when(more.list.len() > 0).then(first.list.concat(more)).otherwise(new)
+    return new
+
+
+def _hashed(texts: pl.Expr) -> pl.Expr:
+    """Each text as a number, the same for texts that strict takes for equal: in runs of white
+    space, in Unicode form and in a full stop at the end they may differ."""
+    words = pl.element().str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
+    words = words.str.replace(r"[.。]$", "").str.strip_chars()
+    return texts.list.eval(words.hash().reinterpret(signed=True))
 
 
 _TOKENS = "accuracy_tokens"
 _TRUE_TOKENS = "_tokens: of the target's own tokens, which the released code encodes once more"
 _STRICT = "_strict: what is said greedily is the target"
+_WILD = "_wild: what is said up to a sentence's end is the target after SQuAD's normalisation"
 
 METRICS: dict[str, Metric] = {
     "ES": Metric(
@@ -190,6 +222,13 @@ METRICS: dict[str, Metric] = {
     "PS_strict": Metric(value=said("paraphrase"), caption=_STRICT, meaning="... when paraphrased"),
     "NS_strict": Metric(
         value=said("neighborhood"), caption=_STRICT, meaning="neighbours say the true object"
+    ),
+    "ES_wild": Metric(
+        value=said_wild("rewrite"), caption=_WILD, meaning="what is said to WILD is the new object"
+    ),
+    "PS_wild": Metric(value=said_wild("paraphrase"), caption=_WILD, meaning="... when paraphrased"),
+    "NS_wild": Metric(
+        value=said_wild("neighborhood"), caption=_WILD, meaning="neighbours say the true object"
     ),
     "NS_plus": Metric(
         value=success("neighborhood_plus", "true", "new"),

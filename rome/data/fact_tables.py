@@ -8,9 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rome import yaml_text
-from rome.data.facts import Fact, FactTable, Relation
+from rome.data.facts import Fact, FactTable, ProbeTemplate, Relation
+from rome.data.probes import check_set
+from rome.data.texts import check_text
 
 _LIST_KEYS = ("templates", "generation", "statements")
+_PROBE_KEYS = {"prompt", "target", "aliases", "subject", "object"}
+_PROBES = "probes:"
+_GIVES = " -> "
 _COLUMNS = {"relation", "templates", "subject", "object"}
 
 
@@ -30,6 +35,9 @@ def read_yaml(data: bytes) -> FactTable:
 def read_csv(data: bytes) -> FactTable:
     """A table with the columns relation, templates (separated by `|`), subject, object.
 
+    A column `probes:SET` holds a question about its row's fact and what is right, as in
+    `{subject} speaks -> {object}|alias`; `{object}` is the new one. An empty cell asks nothing.
+
     The templates of a relation stand in its first row; later rows repeat them or leave them empty.
 
     Raises:
@@ -41,6 +49,9 @@ def read_csv(data: bytes) -> FactTable:
         raise ValueError(
             f"a fact table must have the columns {sorted(_COLUMNS)}, no {sorted(missing)}"
         )
+    sets = [name for name in header if name.startswith(_PROBES)]
+    for name in sets:
+        check_set(name.removeprefix(_PROBES))
     if len(set(header)) < len(header):
         raise ValueError(f"line 1: a column must stand once, got {header}")
     relations: dict[str, Relation] = {}
@@ -63,6 +74,12 @@ def read_csv(data: bytes) -> FactTable:
                 f"line {line}: relation {name!r} already has the templates {relation.templates}, "
                 f"got {templates}"
             )
+        try:
+            asked = [_csv_probe(column, row) for column in sets if row[column]]
+        except ValueError as error:
+            bad.append(f"line {line}: {error}")
+            continue
+        relation.probes += asked
         relations[name] = relation
         relation.facts.append(Fact(f"line {line}", row["subject"], row["object"]))
     return FactTable(list(relations.values()), (), bad)
@@ -108,11 +125,20 @@ def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
     return row
 
 
+def _csv_probe(column: str, row: dict[str, str]) -> ProbeTemplate:
+    prompt, gives, right = row[column].partition(_GIVES)
+    target, *aliases = [part.strip() for part in right.split("|")]
+    if not gives or not prompt.strip() or not all([target, *aliases]):
+        raise ValueError(f"{column} must read 'PROMPT{_GIVES}TARGET|ALIAS', got {row[column]!r}")
+    name = column.removeprefix(_PROBES)
+    return ProbeTemplate(name, prompt.strip(), target, aliases, subject=row["subject"])
+
+
 def _relation(number: int, entry: Any) -> Relation:
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         raise ValueError(f"relation {number} must be a mapping with an 'id'")
     where = f"relation {entry['id']!r}"
-    if unknown := entry.keys() - {"id", "facts", *_LIST_KEYS}:
+    if unknown := entry.keys() - {"id", "facts", "probes", *_LIST_KEYS}:
         raise ValueError(f"{where} has unknown keys {sorted(unknown)}")
     facts = entry.get("facts")
     if not isinstance(facts, dict) or not all(isinstance(v, list) for v in facts.values()):
@@ -123,7 +149,27 @@ def _relation(number: int, entry: Any) -> Relation:
         entry["id"],
         **{key: _texts(where, key, entry.get(key, [])) for key in _LIST_KEYS},
         facts=[Fact(f"{where}, {s!r}", s, o) for o, subjects in facts.items() for s in subjects],
+        probes=list(_probes(where, entry.get("probes", {}))),
     )
+
+
+def _probes(where: str, sets: Any) -> Iterator[ProbeTemplate]:
+    if not isinstance(sets, dict) or not all(isinstance(items, list) for items in sets.values()):
+        raise ValueError(f"{where}: probes must map sets to lists of questions, got {sets!r}")
+    for name, items in sets.items():
+        check_set(name)
+        for i, item in enumerate(items):
+            at = f"{where}: probes.{name}[{i}]"
+            if not isinstance(item, dict) or not {"prompt", "target"} <= item.keys() <= _PROBE_KEYS:
+                raise ValueError(
+                    f"{at} must have prompt and target, and may have aliases, subject and object; "
+                    f"got {item!r}"
+                )
+            texts = {key: value for key, value in item.items() if key != "aliases"}
+            for key, text in texts.items():
+                check_text(f"{at}.{key}", text)
+            aliases = _texts(at, "aliases", item.get("aliases", []))
+            yield ProbeTemplate(set=name, aliases=aliases, **texts)
 
 
 def _texts(where: str, key: str, value: Any) -> list[str]:

@@ -11,10 +11,12 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, cycle, islice
+from itertools import chain, count, cycle, islice
 from typing import Any
 
-from rome.data.records import LIST_SIZES, Record, check_whole, one_form
+from rome.data.probes import Probe
+from rome.data.records import LIST_SIZES, Record
+from rome.data.texts import check_whole, one_form
 
 _SEED = "facts-1"
 
@@ -54,6 +56,33 @@ class Fact:
             )
 
 
+@dataclass(frozen=True)
+class ProbeTemplate:
+    """A question about the edited facts of a relation, in texts with `{subject}` and `{object}`,
+    the new one."""
+
+    set: str
+    prompt: str
+    target: str
+    aliases: Sequence[str] = ()
+    subject: str | None = None
+    """Only of this subject."""
+    object: str | None = None
+    """Only of facts whose new object this is."""
+
+    def suits(self, subject: str, target: str) -> bool:
+        return self.subject in (None, subject) and self.object in (None, target)
+
+    def asked(self, item: int, subject: str, target: str) -> Probe:
+        def filled(text: str) -> str:
+            return text.replace("{subject}", subject).replace("{object}", target)
+
+        answers = dict.fromkeys(map(filled, (self.target, *self.aliases)))
+        probe = Probe(self.set, item, filled(self.prompt), tuple(answers))
+        probe.check()
+        return probe
+
+
 @dataclass
 class Relation:
     """The first template is the one that edits; the others word paraphrases and neighbours.
@@ -67,6 +96,7 @@ class Relation:
     generation: Sequence[str] = ()
     statements: Sequence[str] = ()
     facts: list[Fact] = field(default_factory=list)
+    probes: list[ProbeTemplate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.generation = self.generation or self.templates
@@ -156,6 +186,8 @@ def _case(
     wordings = _shuffled(relation.templates[1:] or relation.templates, draw)
     fronts = _shuffled(distractors, draw)
     prompts = _shuffled(relation.generation, draw)
+    suited = [one for one in relation.probes if one.suits(subject, new)]
+    places = {name: count() for name in {one.set for one in suited}}
     return {
         "relation_id": relation.id,
         "prompt": relation.templates[0],
@@ -172,6 +204,7 @@ def _case(
         ),
         "neighborhood_prompts": about(true, "neighborhood_prompts"),
         "attribute_prompts": about(new, "attribute_prompts"),
+        "probes": tuple(one.asked(next(places[one.set]), subject, new) for one in suited),
         "generation_prompts": tuple(
             prompt.replace("{}", subject)
             for prompt in islice(cycle(prompts), LIST_SIZES["generation_prompts"])

@@ -9,6 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from rome.data.probes import PROBE_FIELDS, Probe
+from rome.data.texts import check_bare, check_text, check_whole, one_form
+
 # The official set has exactly these many prompts in every record.
 LIST_SIZES = {
     "paraphrase_prompts": 2,
@@ -47,10 +50,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Record:
-    """One record of COUNTERFACT (Meng et al. 2022, Section 3.3 and Appendix D) or zsRE, flattened.
+    """One record of COUNTERFACT (Meng et al. 2022, Section 3.3 and Appendix D), zsRE, or of a
+    benchmark in their kind, flattened.
 
-    A zsRE record has no true target: a neighborhood prompt, a question about something else, has
-    its own `neighborhood_target`.
+    A record of questions, as zsRE's, has no true target: its neighborhood prompts are questions
+    about something else, each with its own answer in `neighborhood_targets`.
     """
 
     case_id: int
@@ -65,20 +69,32 @@ class Record:
     neighborhood_prompts: tuple[str, ...]
     attribute_prompts: tuple[str, ...]
     generation_prompts: tuple[str, ...]
-    neighborhood_target: str | None = None
+    neighborhood_targets: tuple[str, ...] = ()
+    """The answer to each neighborhood prompt; none where `target_true` is that of all."""
     separator: str = " "
     """Stands between each prompt and its target: a space, as in the reference code, or nothing."""
+    original_id: str | None = None
+    """What the published file calls it, where that is not `case_id`."""
+    further: tuple[Request, ...] = ()
+    """Requests that are edited together with the first one, as MQuAKE has them."""
+    probes: tuple[Probe, ...] = ()
 
     @property
     def request(self) -> Request:
+        """The first request, in most benchmarks the only one."""
         return Request(self.prompt, self.subject, self.target_new, self.target_true, self.separator)
 
     @property
-    def neighborhood_true(self) -> str:
-        """The true object of the neighborhood prompts: in COUNTERFACT that of the subject."""
-        true = self.neighborhood_target or self.target_true
-        assert true is not None  # See `check`.
-        return true
+    def requests(self) -> tuple[Request, ...]:
+        """All requests, which edit one model."""
+        return (self.request, *self.further)
+
+    @property
+    def neighbors(self) -> tuple[tuple[str, str], ...]:
+        """Each neighborhood prompt and what is true of it."""
+        true = self.neighborhood_targets or (self.target_true,) * len(self.neighborhood_prompts)
+        pairs = zip(self.neighborhood_prompts, true, strict=True)
+        return tuple((prompt, answer) for prompt, answer in pairs if answer is not None)
 
     def check(self) -> None:
         """Raises ValueError with the first rule of a record that this one breaks."""
@@ -86,15 +102,34 @@ class Record:
             raise ValueError(
                 f"case_id must be a whole number from 0 and below 2^63, got {self.case_id!r}"
             )
-        for name in ("relation_id", "target_new_id", "target_true_id"):
+        for name in ("relation_id", "target_new_id", "target_true_id", "original_id"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} must be text or null, got {value!r}")
             check_whole(name, value or "")
-        true = "target_true" if self.neighborhood_target is None else "neighborhood_target"
-        for name in ("prompt", "subject", "target_new", true):
+        answered = len(self.neighborhood_targets)
+        if answered not in (0, len(self.neighborhood_prompts)):
+            raise ValueError(
+                "neighborhood_targets must be as many as neighborhood_prompts, got "
+                f"{answered} and {len(self.neighborhood_prompts)}"
+            )
+        for i, answer in enumerate(self.neighborhood_targets):
+            check_bare(f"neighborhood_targets[{i}]", answer)
+        true = ["target_true"] if self.neighborhood_prompts and not answered else []
+        for name in ("prompt", "subject", "target_new", *true):
             check_text(name, getattr(self, name))
-        _check_fact(self, ("subject", "target_new", "target_true", "neighborhood_target"))
+        _check_fact(self, ("subject", "target_new", "target_true"))
+        for i, request in enumerate(self.further, 1):
+            try:
+                request.check()
+            except ValueError as error:
+                raise ValueError(f"request {i + 1}: {error}") from error
+            if (request.target_true is None) != (self.target_true is None):
+                raise ValueError("target_true must be there in all requests of a record, or none")
+            if request.separator != self.separator:
+                raise ValueError("the requests of a record must have one separator")
+        for probe in self.probes:
+            probe.check()
         if self.separator not in ("", " "):
             raise ValueError(f"separator must be a space or empty, got {self.separator!r}")
         if self.target_true and one_form(self.target_new) == one_form(self.target_true):
@@ -119,6 +154,15 @@ def _check_fact(fact: Request | Record, words: Sequence[str]) -> None:
         raise ValueError(f"prompt must contain exactly one '{{}}', got {fact.prompt!r}")
 
 
+def told(record: Record) -> dict[str, list[tuple[str, str]]]:
+    """Of each kind of `rome.data.results.TOLD_KINDS` the prompts, and what is right after each."""
+    return {
+        "rewrite": [(one.text, one.target) for one in record.requests],
+        "paraphrase": [(prompt, record.target_new) for prompt in record.paraphrase_prompts],
+        "neighborhood": list(record.neighbors),
+    }
+
+
 _WITHOUT_SPACES = (
     "CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA",
     "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
@@ -131,27 +175,6 @@ def by_script(record: Record) -> Record:
     letters = [c for c in record.request.text if unicodedata.category(c)[0] in "LM"]
     without = unicodedata.name((letters or [" "])[-1], "").startswith(_WITHOUT_SPACES)
     return replace(record, separator="" if without else " ")
-
-
-def one_form(text: str) -> str:
-    """A text as it is compared: in normal form C, where "é" is one character and not two."""
-    return unicodedata.normalize("NFC", text)
-
-
-def check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be text and not empty, got {value!r}")
-    check_whole(name, value)
-
-
-def check_whole(name: str, text: str) -> None:
-    """Raises ValueError where a text has half a character, which JSON may hold and no file."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{name} must be whole characters, but has half of one (a lone surrogate): {text!r}"
-        ) from None
 
 
 RECORD_SCHEMA = pa.schema(
@@ -168,8 +191,14 @@ RECORD_SCHEMA = pa.schema(
         pa.field("neighborhood_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("attribute_prompts", pa.list_(pa.string()), nullable=False),
         pa.field("generation_prompts", pa.list_(pa.string()), nullable=False),
-        pa.field("neighborhood_target", pa.string()),
+        pa.field("neighborhood_targets", pa.list_(pa.string())),
         pa.field("separator", pa.string(), nullable=False),
+        pa.field("original_id", pa.string()),
+        pa.field(
+            "further",
+            pa.list_(pa.struct([pa.field(field.name, pa.string()) for field in fields(Request)])),
+        ),
+        pa.field("probes", pa.list_(pa.struct(PROBE_FIELDS))),
     ]
 )
 
@@ -193,10 +222,23 @@ def from_table(table: pa.Table) -> list[Record]:
 
     What a table of an earlier schema has no column for is at its default.
     """
-    names = [field.name for field in fields(Record) if field.name in table.column_names]
-    return [_from_row({name: row[name] for name in names}) for row in table.to_pylist()]
+    rows = table.to_pylist()
+    for row in rows:
+        if answer := row.pop("neighborhood_target", None):  # Once all prompts had one.
+            row["neighborhood_targets"] = [answer] * len(row["neighborhood_prompts"])
+    return [_from_row({n: v for n, v in row.items() if n in _NAMES}) for row in rows]
+
+
+_NAMES = {field.name for field in fields(Record)}
 
 
 def _from_row(row: dict[str, Any]) -> Record:
     values: dict[str, Any] = {n: tuple(v) if n in LIST_SIZES else v for n, v in row.items()}
-    return Record(**values)
+    made = {
+        "neighborhood_targets": tuple(values.get("neighborhood_targets") or ()),
+        "further": tuple(Request(**one) for one in values.get("further") or ()),
+        "probes": tuple(
+            Probe(**{**one, "answers": tuple(one["answers"])}) for one in values.get("probes") or ()
+        ),
+    }
+    return Record(**values | made)

@@ -7,6 +7,8 @@ target's tokens (natural log), so that every metric can be computed again withou
 
 import pyarrow as pa
 
+from rome.data.probes import PROBE_FIELDS
+
 PROMPT_KINDS = ("rewrite", "paraphrase", "neighborhood", "attribute")
 # The neighborhood prompts after the edited sentence, and the subject after the reversed prompt with
 # either target: None unless the run's `scoring` asks for them.
@@ -23,6 +25,15 @@ _nlls = [
     for target in ("new", "true")
 ]
 
+_FURTHER = [pa.field(name, pa.string()) for name in ("prompt", "subject", "target", "target_true")]
+_PROBES = [
+    *PROBE_FIELDS,
+    pa.field("nll", pa.list_(pa.float64())),
+    pa.field("accuracy", pa.list_(pa.float64())),
+    pa.field("greedy", pa.string()),
+    pa.field("wild", pa.string()),
+]
+
 RESULT_SCHEMA = pa.schema(
     [
         pa.field("run", pa.string(), nullable=False),
@@ -31,9 +42,16 @@ RESULT_SCHEMA = pa.schema(
         pa.field("subject", pa.string()),
         pa.field("prompt", pa.string()),
         pa.field("target_new", pa.string()),
-        # None in zsRE, whose neighborhood prompts have a target of their own.
+        # None where the benchmark has questions, whose neighbors have an answer each.
         pa.field("target_true", pa.string()),
-        pa.field("neighborhood_target", pa.string()),
+        pa.field("neighborhood_targets", pa.list_(pa.string())),
+        # The requests after the first, where a record has several; the lists of the rewrite kind
+        # have one entry per request.
+        pa.field("further", pa.list_(pa.struct(_FURTHER))),
+        # What the benchmark's file calls the record, where that is not `case_id`.
+        pa.field("original_id", pa.string()),
+        # raw, or which prompts stood in the tokenizer's chat template: see RunConfig.
+        pa.field("prompt_template", pa.string()),
         # In a chain: which order of its records, the edits in the model that is scored, and those
         # of them that came after the record's own batch.
         pa.field("order", pa.int32()),
@@ -56,6 +74,11 @@ RESULT_SCHEMA = pa.schema(
         # tokens.
         *(pa.field(f"{kind}_accuracy_tokens", pa.list_(pa.float64())) for kind in TOLD_KINDS),
         *(pa.field(f"{kind}_greedy", pa.list_(pa.string())) for kind in TOLD_KINDS),
+        # All that is greedily said, in WILD's form and number of tokens, or up to a special token.
+        *(pa.field(f"{kind}_wild", pa.list_(pa.string())) for kind in TOLD_KINDS),
+        pa.field("wild_form", pa.string()),
+        # Questions of the record's own sets: see rome.data.probes. Numbers are one per answer.
+        pa.field("probes", pa.list_(pa.struct(_PROBES))),
         pa.field("texts", pa.list_(pa.string())),
         # Bits; None where the record has no generation prompts.
         pa.field("GE", pa.float64()),
@@ -78,6 +101,7 @@ RESULT_SCHEMA = pa.schema(
         pa.field("seconds_edit", pa.float64()),
         pa.field("seconds_probabilities", pa.float64()),
         pa.field("seconds_greedy", pa.float64()),
+        pa.field("seconds_wild", pa.float64()),
         pa.field("seconds_generation", pa.float64()),
         pa.field("worker", pa.string()),
     ]

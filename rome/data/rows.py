@@ -1,12 +1,17 @@
-"""Rows of published files as records: COUNTERFACT, zsRE as MEND has it, COUNTERFACT as EasyEdit has
-it."""
+"""Rows of published files as records: COUNTERFACT, zsRE as MEND has it, QAEdit; and which format a
+row is in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from rome.data.records import LIST_SIZES, Record, check_text
+from rome.data import probed_rows, probes
+from rome.data.probes import Probe
+from rome.data.records import LIST_SIZES, Record
+from rome.data.row_parts import given, prompts, refuse_unread, without, without_last
+from rome.data.texts import check_text
 
 
 def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -19,53 +24,47 @@ def _target(rewrite: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def from_row(row: Any, place: int) -> Record:
     """A record of a row in the format that its keys are of, checked.
 
-    COUNTERFACT has `requested_rewrite`, MEND's zsRE `src` and `answers`, EasyEdit's COUNTERFACT
-    `ground_truth` beside `prompt`. `place`: of the row in its file, from 0.
+    In any format a row may have `probes` of its own, see `rome.data.probes.given`. `place`: of the
+    row in its file, from 0.
 
     Raises:
         ValueError: the rule that it breaks, and the format that was assumed, or how it was none.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"a record must be a mapping, got {str(row)[:200]}")
-    if "requested_rewrite" in row:
-        assumed, make = "COUNTERFACT's", lambda: from_counterfact(row)
-    elif {"src", "answers"} & row.keys():
-        assumed, make = "zsRE's", lambda: from_zsre(row, place)
-    elif {"locality", "portability"} & row.keys():
-        raise ValueError(
-            "it is a row of KnowEdit, whose neighbours have an answer each, and these are not "
-            "read; write it in COUNTERFACT's format (docs/inputs.md)"
-        )
-    elif {"prompt", "ground_truth"} <= row.keys():
-        assumed, make = "EasyEdit's", lambda: from_easyedit(row, place)
-    else:
-        raise ValueError(
-            "a record must have requested_rewrite (COUNTERFACT), src and answers (zsRE), or prompt "
-            f"and ground_truth (EasyEdit), got the keys {sorted(map(str, row))}"
-        )
+    name, make = _format_of(row)
     try:
-        return make()
+        record = make(row, place)
+        if own := probes.given(row):
+            record = replace(record, probes=(*record.probes, *own))
+            record.check()
     except ValueError as error:
-        raise ValueError(f"{error} (in {assumed} format)") from error
+        raise ValueError(f"{error} (in {name} format)") from error
+    return record
 
 
-def _prompts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    prompts = row.get(name)
-    if not isinstance(prompts, list):
-        raise ValueError(f"{name} must be a list, got {prompts!r}")
-    return tuple(prompts)
+_Make = Callable[[Mapping[str, Any], int], Record]
 
 
-def _given(row: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A column's value; null, which a row has if only others have the column, is the default."""
-    return default if row.get(name) is None else row[name]
-
-
-def _without(subject: str, name: str, text: str) -> str:
-    """A text with `{}` in the place of its subject. Raises ValueError if that is not in it once."""
-    if text.count(subject) != 1:
-        raise ValueError(f"{name} must contain the subject {subject!r} exactly once, got {text!r}")
-    return text.replace(subject, "{}")
+def _format_of(row: Mapping[str, Any]) -> tuple[str, _Make]:
+    if isinstance(row.get("requested_rewrite"), list):
+        return "MQuAKE's", probed_rows.from_mquake
+    if "requested_rewrite" in row:
+        return "COUNTERFACT's", lambda row, place: from_counterfact(row)
+    if {"src", "answers"} & row.keys():
+        return "zsRE's", from_zsre
+    if {"prompt", "target", "rephrase", "locality"} <= row.keys():
+        return "QAEdit's", from_qaedit
+    if {"edit", "example_type"} <= row.keys():
+        return "RippleEdits'", probed_rows.from_ripple_edits
+    if {"prompt", "ground_truth"} <= row.keys() or {"locality", "portability"} & row.keys():
+        return "EasyEdit's", probed_rows.from_easyedit
+    raise ValueError(
+        "a record must have requested_rewrite (COUNTERFACT; a list of them: MQuAKE), src and "
+        "answers (zsRE), prompt, target, rephrase and locality (QAEdit), edit and example_type "
+        "(RippleEdits), or prompt and ground_truth (EasyEdit, KnowEdit), got the keys "
+        f"{sorted(map(str, row))}"
+    )
 
 
 def from_counterfact(row: Mapping[str, Any]) -> Record:
@@ -80,8 +79,9 @@ def from_counterfact(row: Mapping[str, Any]) -> Record:
     rewrite = row.get("requested_rewrite")
     if not isinstance(rewrite, Mapping):
         raise ValueError(f"requested_rewrite must be a mapping, got {rewrite!r}")
-    lists: dict[str, Any] = {name: _prompts(row, name) for name in LIST_SIZES}
+    lists: dict[str, Any] = {name: prompts(row, name) for name in LIST_SIZES}
     new, true = (_target(rewrite, name) for name in ("target_new", "target_true"))
+    check_text("target_true", true.get("str"))
     record = Record(
         case_id=row.get("case_id"),  # type: ignore[arg-type]  # checked below
         relation_id=rewrite.get("relation_id"),
@@ -92,7 +92,7 @@ def from_counterfact(row: Mapping[str, Any]) -> Record:
         target_new_id=new.get("id"),
         target_true_id=true.get("id"),
         **lists,
-        separator=_given(row, "separator", " "),
+        separator=given(row, "separator", " "),
     )
     record.check()
     return record
@@ -111,10 +111,13 @@ def from_zsre(row: Mapping[str, Any], case_id: int) -> Record:
     for name in ("subject", "src", "loc"):
         check_text(name, row.get(name))
     subject, src, answers = row["subject"], row["src"], row.get("answers")
-    prompt = _without(subject, "src", src)
+    prompt = without(subject, "src", src)
     if not isinstance(answers, list) or not answers:
         raise ValueError(f"answers must be a list with at least one text, got {answers!r}")
     check_text("loc_ans", row.get("loc_ans"))
+    portable = given(row, "portability", {})
+    if portable and not {"New Question", "New Answer"} <= portable.keys():
+        raise ValueError(f"portability must have New Question and New Answer, got {portable!r}")
     record = Record(
         case_id=case_id,
         relation_id=None,
@@ -128,42 +131,54 @@ def from_zsre(row: Mapping[str, Any], case_id: int) -> Record:
         neighborhood_prompts=(row["loc"] + "?",),
         attribute_prompts=(),
         generation_prompts=(),
-        neighborhood_target=row["loc_ans"],
+        neighborhood_targets=(row["loc_ans"],),
+        # EasyEdit's copy has one more question.
+        probes=(
+            (Probe("portability", 0, portable["New Question"], (portable["New Answer"],)),)
+            if portable
+            else ()
+        ),
     )
     record.check()
     return record
 
 
-def from_easyedit(row: Mapping[str, Any], place: int) -> Record:
-    """A record of EasyEdit's COUNTERFACT files, checked: flat, and with the subject in prompts.
+def from_qaedit(row: Mapping[str, Any], place: int) -> Record:
+    """A record of QAEdit's JSON schema (arXiv 2502.11177), checked.
 
-    `case_id` is the row's place in the file, unless it has one.
+    `case_id` is the row's place in the file, since its `id` is not unique there; that is
+    `original_id`. The subject's last place in the prompt is the one that is edited. The `locality`
+    questions are neighborhood prompts with an answer each. White space around answers goes.
 
     Raises:
         ValueError: the first rule that the row breaks, with the value.
     """
-    for name in ("subject", "prompt", "ground_truth"):
+    known = {"id", "source", "prompt", "target", "subject", "rephrase", "locality", "probes"}
+    refuse_unread(row, known)
+    for name in ("subject", "prompt", "target", "rephrase"):
         check_text(name, row.get(name))
-    subject = row["subject"]
-    prompt = _without(subject, "prompt", row["prompt"])
-    asked = {name: row.get(name) for name in ("rephrase_prompt", "locality_prompt")}
-    if asked["locality_prompt"] is not None:
-        check_text("locality_ground_truth", row.get("locality_ground_truth"))
+    local = prompts(row, "locality")
+    for i, one in enumerate(local):
+        if not isinstance(one, Mapping) or one.keys() != {"loc", "loc_ans"}:
+            raise ValueError(f"locality[{i}] must be {{loc, loc_ans}}, got {one!r}")
+        for name in ("loc", "loc_ans"):
+            check_text(f"locality[{i}].{name}", one[name])
+    subject = row["subject"].strip()
     record = Record(
-        case_id=_given(row, "case_id", place),
+        case_id=place,
         relation_id=None,
-        prompt=prompt,
+        prompt=without_last(subject, "prompt", row["prompt"]),
         subject=subject,
-        target_new=row.get("target_new"),  # type: ignore[arg-type]  # checked below
-        target_true=row["ground_truth"],
+        target_new=row["target"].strip(),
+        target_true=None,
         target_new_id=None,
         target_true_id=None,
-        paraphrase_prompts=tuple(filter(None, [asked["rephrase_prompt"]])),
-        neighborhood_prompts=tuple(filter(None, [asked["locality_prompt"]])),
+        paraphrase_prompts=(row["rephrase"],),
+        neighborhood_prompts=tuple(one["loc"] for one in local),
         attribute_prompts=(),
         generation_prompts=(),
-        neighborhood_target=asked["locality_prompt"] and row["locality_ground_truth"],
-        separator=_given(row, "separator", " "),
+        neighborhood_targets=tuple(one["loc_ans"].strip() for one in local),
+        original_id=str(row["id"]) if row.get("id") is not None else None,
     )
     record.check()
     return record

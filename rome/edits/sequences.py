@@ -167,6 +167,11 @@ def grouped(model: EditableModel, editor: Editor, grouping: Grouping) -> Editor:
     return editor if grouping.size == 1 else _Grouped(Chain(model, editor, grouping))
 
 
+def shares_a_model(editor: Editor) -> bool:
+    """True if all requests that an editor takes at a time edit one model."""
+    return isinstance(editor, _Grouped)
+
+
 class _Grouped:
     """One group: each call of `edit` goes on where the last one ended."""
 

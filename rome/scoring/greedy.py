@@ -1,18 +1,21 @@
-"""Greedy answers: decode until a natural stop, for many edits at once.
+"""What a model says by itself: the likeliest token at each step, for many edits at once.
+
+Strict answers end where the strict protocol has them end; WILD's are kept whole.
 
 Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
+from typing import Any
 
 from torch import Tensor
 
-from rome.data.records import Record, one_form
+from rome.data.answers import until_stop
+from rome.data.records import Record, told
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory, prompts
 from rome.scoring import decoding, generation
@@ -21,41 +24,61 @@ from rome.scoring.decoding import Row
 MORE_TOKENS = 3
 """Beyond the target's length: enough to see that the text stops, or goes on, after it."""
 
-_STOP = re.compile(r"\n|[.!?](?=\s|$)|[。！？｡।॥؟۔։።]")
-
 
 @dataclass(frozen=True)
 class Question:
-    """Ask for the continuation of `prompt` under the edit with index `edit`; `target` is right."""
+    """Ask for the continuation of `prompt` under the edit with index `edit`; any of `targets` is
+    right."""
 
     edit: int
     prompt: str
-    target: str
+    targets: tuple[str, ...]
     separator: str = " "
 
 
 def say_records(
     model: EditableModel, records: Sequence[Record], edits: Sequence[Edit], token_budget: int
-) -> list[dict[str, list[str]]]:
+) -> list[dict[str, Any]]:
     """The columns `*_greedy` of each record under its edit (same index), one text per prompt."""
+    return _by_column(
+        records, "greedy", lambda questions: say(model, questions, edits, token_budget)
+    )
+
+
+def say_wild_records(
+    model: EditableModel,
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    max_tokens: int,
+    token_budget: int,
+) -> list[dict[str, Any]]:
+    """The columns `*_wild` of each record under its edit (same index), one text per prompt: all
+    that is said in at most `max_tokens` tokens."""
+    return _by_column(
+        records, "wild", lambda asked: say_all(model, asked, edits, max_tokens, token_budget)
+    )
+
+
+def _by_column(
+    records: Sequence[Record], suffix: str, say: Callable[[list[Question]], list[str]]
+) -> list[dict[str, Any]]:
     columns = [
-        (r, f"{kind}_greedy", texts, target)
+        (r, f"{kind}_{suffix}", pairs)
         for r, record in enumerate(records)
-        for kind, texts, target in (
-            ("rewrite", (record.request.text,), record.target_new),
-            ("paraphrase", record.paraphrase_prompts, record.target_new),
-            ("neighborhood", record.neighborhood_prompts, record.neighborhood_true),
+        for kind, pairs in told(record).items()
+    ]
+    said = iter(
+        say(
+            [
+                Question(r, prompt, (target,), records[r].separator)
+                for r, _, pairs in columns
+                for prompt, target in pairs
+            ]
         )
-    ]
-    questions = [
-        Question(r, text, target, records[r].separator)
-        for r, _, texts, target in columns
-        for text in texts
-    ]
-    said = iter(say(model, questions, edits, token_budget))
-    rows: list[dict[str, list[str]]] = [{} for _ in records]
-    for r, column, texts, _ in columns:
-        rows[r][column] = [next(said) for _ in texts]
+    )
+    rows: list[dict[str, Any]] = [{} for _ in records]
+    for r, column, pairs in columns:
+        rows[r][column] = list(islice(said, len(pairs)))
     return rows
 
 
@@ -64,43 +87,61 @@ def say(
 ) -> list[str]:
     """The greedy continuation of each prompt, up to its natural stop.
 
-    The likeliest token is taken, as often as the target has tokens and MORE_TOKENS times more. The
-    text ends before the first special token (such as the end of text), and, once something is said,
-    before a line break or after the end of a sentence, except within the target itself ("St.
-    Louis"): `.`, `!` or `?` at the end or before white space, or a stop of a script that has no
-    space after it. White space around it goes, and it is in normal form C. A batch holds at most
-    `token_budget` tokens, padding included.
+    The likeliest token is taken, as often as the longest target has tokens and MORE_TOKENS times
+    more. The text ends before the first special token (such as the end of text), and, once
+    something is said, where `until_stop` has it end. A batch holds at most `token_budget` tokens,
+    padding included.
     """
-    rows = _rows(model, questions)
+    longest = iter(_target_tokens(model, questions))
+    steps = [max(islice(longest, len(one.targets))) + MORE_TOKENS for one in questions]
+    texts = _continuations(model, questions, steps, edits, token_budget)
+    return [until_stop(text, *one.targets) for text, one in zip(texts, questions, strict=True)]
+
+
+def say_all(
+    model: EditableModel,
+    questions: Sequence[Question],
+    edits: Sequence[Edit],
+    max_tokens: int,
+    token_budget: int,
+) -> list[str]:
+    """The greedy continuation of each prompt by `max_tokens` tokens, or up to a special one."""
+    return _continuations(model, questions, [max_tokens] * len(questions), edits, token_budget)
+
+
+def _target_tokens(model: EditableModel, questions: Sequence[Question]) -> Iterator[int]:
+    """How many tokens each target of each question has."""
+    asked = [(one, target) for one in questions for target in one.targets]
+    answered = model.encode(
+        [prompts.with_target(one.prompt, target, one.separator) for one, target in asked]
+    )
+    for (one, _), whole in zip(asked, answered, strict=True):
+        yield len(whole.ids) - prompts.target_start(whole, one.prompt)
+
+
+def _continuations(
+    model: EditableModel,
+    questions: Sequence[Question],
+    steps: Sequence[int],
+    edits: Sequence[Edit],
+    token_budget: int,
+) -> list[str]:
+    alone = model.encode([question.prompt.rstrip(" ") for question in questions])
+    rows = [
+        # The last token that is said needs no place.
+        Row(
+            prompt.ids,
+            one.edit,
+            min(n, model.hf.config.max_position_embeddings - len(prompt.ids) + 1),
+        )
+        for one, n, prompt in zip(questions, steps, alone, strict=True)
+    ]
     # Rows that have about as much to say, and then of about the same length.
     order = [(-row.steps, len(row.ids)) for row in rows]
     lengths = [len(row.ids) + row.steps for row in rows]
     batches = memory.by_length(lengths, token_budget, order=order)
     ids = memory.in_batches(rows, batches, lambda part: _continue(model, part, edits))
-    texts = generation.decode(model, ids)
-    return [until_stop(text, one.target) for text, one in zip(texts, questions, strict=True)]
-
-
-def _rows(model: EditableModel, questions: Sequence[Question]) -> list[Row]:
-    alone = model.encode([question.prompt.rstrip(" ") for question in questions])
-    answered = model.encode(
-        [prompts.with_target(one.prompt, one.target, one.separator) for one in questions]
-    )
-    rows = []
-    for question, prompt, whole in zip(questions, alone, answered, strict=True):
-        steps = len(whole.ids) - prompts.target_start(whole, question.prompt) + MORE_TOKENS
-        # The last token that is said needs no place.
-        room = model.hf.config.max_position_embeddings - len(prompt.ids) + 1
-        rows.append(Row(prompt.ids, question.edit, min(steps, room)))
-    return rows
-
-
-def until_stop(text: str, target: str) -> str:
-    """The part of a text that `say` keeps."""
-    # In one normal form, since a tokenizer may compose what a record has decomposed.
-    text, target = (one_form(part.strip()) for part in (text, target))
-    stop = _STOP.search(text, len(target) if text.startswith(target) else 0)
-    return text[: stop.end()].rstrip() if stop else text
+    return generation.decode(model, ids)
 
 
 def _continue(model: EditableModel, rows: Sequence[Row], edits: Sequence[Edit]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rome.data.records import Record
+from rome.data.records import Record, told
 from rome.data.results import EXTRA_KINDS
 from rome.edits.deltas import Edit, applied
 from rome.models import EditableModel, memory, prompts
@@ -169,16 +169,16 @@ def score_records(
     queries = [
         Query(r, prompt, target, records[r].separator)
         for r, columns in enumerate(asked)
-        for texts, target in columns.values()
-        for prompt in texts
+        for pairs in columns.values()
+        for prompt, target in pairs
     ]
     scores = iter(score(model, queries, edits, token_budget))
     again = released.accuracies(model, records, asked, edits, token_budget)
     rows = []
     for r, (columns, why) in enumerate(zip(asked, omitted, strict=True)):
         row: dict[str, Any] = {"omitted": why} if why else {}
-        for column, (texts, _) in columns.items():
-            found = list(islice(scores, len(texts)))
+        for column, pairs in columns.items():
+            found = list(islice(scores, len(pairs)))
             row[column] = [one.nll for one in found]
             if name := _ACCURACIES.get(column):
                 row[name] = [again.get((r, column, i), one.accuracy) for i, one in enumerate(found)]
@@ -192,11 +192,10 @@ def _omit_too_long(model: EditableModel, columns: dict[str, _Asked]) -> str | No
     """Take out the extra columns with a text that has no place in the model; says which and why."""
     positions, why = model.hf.config.max_position_embeddings, {}
     for column in [name for name in columns if name.startswith(EXTRA_KINDS)]:
-        texts, target = columns[column]
         # No token is shorter than a byte.
-        long = [text for text in texts if len(f"{text}{target}".encode()) + 8 > positions]
+        long = [pair for pair in columns[column] if len("".join(pair).encode()) + 8 > positions]
         try:
-            model.encode([prompts.with_target(text, target) for text in long])
+            model.encode([prompts.with_target(*pair) for pair in long])
         except ValueError as error:
             del columns[column]
             why[column.partition("_nll_")[0]] = str(error)
@@ -207,7 +206,7 @@ def _omit_too_long(model: EditableModel, columns: dict[str, _Asked]) -> str | No
     return "; ".join(f"{kind}: {error}" for kind, error in why.items()) or None
 
 
-_Asked = tuple[Sequence[str], str]
+_Asked = Sequence[tuple[str, str]]
 _ACCURACIES = {
     "rewrite_nll_new": "rewrite_accuracy",
     "paraphrase_nll_new": "paraphrase_accuracy",
@@ -216,30 +215,35 @@ _ACCURACIES = {
 
 
 def _asked(record: Record, extras: Extras) -> dict[str, _Asked]:
-    """The prompts and the target behind each column `*_nll_*` that the record has."""
-    rewrite = record.request.text
+    """The prompts and their targets behind each column `*_nll_*` that the record has."""
+    kinds = told(record)
     if record.target_true is None:
         return {
-            "rewrite_nll_new": ((rewrite,), record.target_new),
-            "paraphrase_nll_new": (record.paraphrase_prompts, record.target_new),
-            "neighborhood_nll_true": (record.neighborhood_prompts, record.neighborhood_true),
+            "rewrite_nll_new": kinds["rewrite"],
+            "paraphrase_nll_new": kinds["paraphrase"],
+            "neighborhood_nll_true": kinds["neighborhood"],
         }
-    targets = {"new": record.target_new, "true": record.target_true}
-    kinds: dict[str, Sequence[str]] = {
-        "rewrite": (rewrite,),
-        "paraphrase": record.paraphrase_prompts,
-        "neighborhood": record.neighborhood_prompts,
-        "attribute": record.attribute_prompts,
+    new, true = record.target_new, record.target_true
+    asked: dict[str, _Asked] = {
+        "rewrite_nll_new": kinds["rewrite"],
+        "rewrite_nll_true": [(one.text, str(one.target_true)) for one in record.requests],
+        "paraphrase_nll_new": kinds["paraphrase"],
+        "paraphrase_nll_true": [(prompt, true) for prompt, _ in kinds["paraphrase"]],
+        "neighborhood_nll_new": [(prompt, new) for prompt, _ in kinds["neighborhood"]],
+        "neighborhood_nll_true": kinds["neighborhood"],
+        "attribute_nll_new": [(prompt, new) for prompt in record.attribute_prompts],
+        "attribute_nll_true": [(prompt, true) for prompt in record.attribute_prompts],
     }
     if extras.neighborhood_plus:
-        edited = prompts.with_target(rewrite, record.target_new, record.separator)
-        kinds["neighborhood_plus"] = [f"{edited}. {p}" for p in record.neighborhood_prompts]
-    asked: dict[str, _Asked] = {
-        f"{kind}_nll_{name}": (texts, target)
-        for kind, texts in kinds.items()
-        for name, target in targets.items()
-    }
+        # What is edited stands before the neighbors; of several requests all of it.
+        edited = " ".join(
+            prompts.with_target(one.text, one.target, one.separator) + "."
+            for one in record.requests
+        )
+        plus = [(f"{edited} {prompt}", answer) for prompt, answer in kinds["neighborhood"]]
+        asked["neighborhood_plus_nll_new"] = [(prompt, new) for prompt, _ in plus]
+        asked["neighborhood_plus_nll_true"] = plus
     if template := extras.reversed_prompts.get(record.relation_id or ""):
-        for name, target in targets.items():
-            asked[f"reversed_nll_{name}"] = ((template.replace("{}", target),), record.subject)
+        for name, target in (("new", new), ("true", true)):
+            asked[f"reversed_nll_{name}"] = [(template.replace("{}", target), record.subject)]
     return asked

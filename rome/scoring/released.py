@@ -23,21 +23,21 @@ _PART = "\ufffd"
 def accuracies(
     model: EditableModel,
     records: Sequence[Record],
-    asked: Sequence[Mapping[str, tuple[Sequence[str], str]]],
+    asked: Sequence[Mapping[str, Sequence[tuple[str, str]]]],
     edits: Sequence[Edit],
     token_budget: int,
 ) -> dict[tuple[int, str, int], float]:
     """The share of right tokens where it is not that of the true ones: by record, column of
-    `asked`, and place of the prompt in it. `asked`: column -> prompts and their target."""
+    `asked`, and place of the prompt in it. `asked`: column -> prompts, each with its target."""
     texts: list[tuple[int, Text]] = []
     spans: dict[tuple[int, str, int], range] = {}
     for r, (record, columns) in enumerate(zip(records, asked, strict=True)):
         if record.target_true is not None or not record.separator:
             continue  # COUNTERFACT has no such share, and the released code always has a space.
-        for column, (prompts, target) in columns.items():
-            if not _has_parts(model, target):
-                continue
-            for place, prompt in enumerate(prompts):
+        for column, pairs in columns.items():
+            for place, (prompt, target) in enumerate(pairs):
+                if not _has_parts(model, target):
+                    continue
                 some = _steps(model, prompt, target)
                 spans[r, column, place] = range(len(texts), len(texts) + len(some))
                 texts += [(r, text) for text in some]

@@ -100,7 +100,7 @@ def _scored(model: EditableModel, record: Record) -> list[tuple[list[int], list[
     return [
         oracle.prompt_and_target(model.tokenizer, text, target)
         for text in reference.scored_prompts(record)
-        for target in (record.target_new, record.neighborhood_true)
+        for target in (record.target_new, str(record.target_true))
     ]
 
 

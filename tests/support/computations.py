@@ -360,7 +360,12 @@ _FEW_STEPS: dict[str, dict[str, Any]] = {
 
 def few_steps(model: EditableModel, editor: str) -> list[Edit]:
     """Edits of all the requests by an editor of the registry, quickly."""
+    return few_steps_editor(model, editor).edit(REQUESTS)
+
+
+def few_steps_editor(model: EditableModel, editor: str) -> Any:
+    """An editor of the registry that is quick."""
     kind = REGISTRY[editor]
     solver = SecondMoment(torch.eye(40, dtype=torch.float64) / 100, 40).solver()
     resources = Resources(model, TEMPLATES, lambda layer: solver, 400)
-    return kind.build(resources, kind.settings(**_FEW_STEPS[editor])).edit(REQUESTS)
+    return kind.build(resources, kind.settings(**_FEW_STEPS[editor]))

@@ -166,7 +166,7 @@ def probabilities(model: EditableModel, record: Record) -> list[float]:
     pairs = [
         oracle.prompt_and_target(model.tokenizer, text, target)
         for text in scored_prompts(record)
-        for target in (record.target_new, record.neighborhood_true)
+        for target in (record.target_new, str(record.target_true))
     ]
     logits_BTV = _logits(model, [before + target for before, target in pairs])
     result = []
