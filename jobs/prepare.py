@@ -45,6 +45,10 @@ def _prepare(
         Separator,
         typer.Option(help="Between prompts and targets; script: none where no one writes a space."),
     ] = "space",
+    probe_templates: Annotated[
+        str | None,
+        typer.Option(help="YAML: probe set -> text with {} for its prompts, such as examples."),
+    ] = None,
 ) -> None:
     """Turn a source into a store of records (the default command)."""
     with cli.errors(LockedError):
@@ -56,6 +60,7 @@ def _prepare(
             skip_invalid=skip_invalid,
             reference_texts=reference_texts,
             separator=separator,
+            probe_templates=probe_templates,
         )
     if skipped := manifest["skipped"]:
         say(f"{len(skipped)} bad rows were left out, all in {MANIFEST}:\n{listed(skipped)}")

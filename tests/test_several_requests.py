@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from cluster.store import Store
+from jobs.inputs.record_stores import prepare
 from jobs.inputs.sources import load
 from rome.data import rows as rows_of
 from rome.data.probes import Probe
@@ -142,3 +144,20 @@ def test_each_request_is_scored_with_its_own_targets() -> None:
         assert len(rows[0][name]) == 2
     assert [one["subject"] for one in rows[0]["further"]] == ["Paris"]
     assert len(rows[0]["probes"]) == 7
+
+
+def test_examples_of_ones_own_stand_before_the_questions_of_a_set(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps([ROW]))
+    shots = tmp_path / "shots.yaml"
+    shots.write_text('multi_hop: "Q: Who?\\nA: He\\n\\nQ: {}\\nA:"\n')
+    prepare(str(tmp_path / "m.json"), str(tmp_path / "out"), probe_templates=str(shots))
+    (record,) = from_table(Store(tmp_path / "out").read_table("shard-00000.parquet"))
+    plain = rows_of.from_row(ROW, 0)
+    assert record.probes[:4] == plain.probes[:4]
+    assert [one.prompt for one in record.probes[4:]] == [
+        f"Q: Who?\nA: He\n\nQ: {text}\nA:" for text in ROW["questions"]
+    ]
+    for text, message in (("multi_hop: Q\n", "exactly one '{}'"), ("hop: '{}'\n", "unknown probe")):
+        shots.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prepare(str(tmp_path / "m.json"), str(tmp_path / "o"), probe_templates=str(shots))

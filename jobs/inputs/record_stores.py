@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from jobs.inputs.sources import benchmarks
 from jobs.runs import manifests
 from jobs.runs.config import SliceConfig
 from jobs.runs.manifests import MANIFEST
+from rome import options
+from rome.data import probes
 from rome.data.facts import ReferenceText
 from rome.data.records import REFERENCE_TEXT_SCHEMA, Record, by_script, from_table, to_table
 from rome.options import ConfigError
@@ -46,10 +49,13 @@ def prepare(
     skip_invalid: bool = False,
     reference_texts: str | None = None,
     separator: Separator = "space",
+    probe_templates: str | None = None,
 ) -> dict[str, Any]:
     """Write the store of `source` (see `sources.load`) to a folder or URI; returns its manifest.
 
     `separator`: what stands between prompts and targets; `space` leaves what records say of it.
+    `probe_templates`: a YAML file, set -> text with `{}` where each prompt of the set goes, such as
+    after examples.
 
     Everything is checked before anything is written, and a store has its manifest last: one that
     was interrupted is none, and is written again. The same source again changes nothing.
@@ -70,6 +76,8 @@ def prepare(
         raise ValueError(f"{source} holds no valid record")
     records = _separated(content.records, separator)
     _say_what_cannot_be_scored(records)
+    if probe_templates:
+        records = _with_templates(records, probe_templates)
     if twice := sum(one.subject in one.prompt for one in records):
         say(
             f"note: the prompts of {twice:,} records hold their subject more than once; what is "
@@ -138,6 +146,18 @@ def _say_what_cannot_be_scored(records: Sequence[Record]) -> None:
                     else "other subjects with the same object"
                 )
             )
+
+
+def _with_templates(records: Sequence[Record], path: str) -> list[Record]:
+    templates = options.read(Path(path))
+    probes.check_templates(templates)
+    sets = {probe.set for record in records for probe in record.probes}
+    if unknown := templates.keys() - sets:
+        raise ValueError(f"{path}: {options.unknown('probe set', min(unknown), sets)}")
+    return [
+        replace(one, probes=tuple(probes.worded(probe, templates) for probe in one.probes))
+        for one in records
+    ]
 
 
 def _write(

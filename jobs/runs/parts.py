@@ -18,13 +18,17 @@ import pyarrow as pa
 
 from cluster.origin import Origin
 from cluster.store import Store
-from rome.data.results import RESULT_SCHEMA
+from rome.data.results import FORMER_SCHEMA, RESULT_SCHEMA
 
 PARTS = "results/"
 BATCHES = "batches/"
 """Below PARTS, the parts whose rows are batches of chains (see jobs.runs.chains)."""
 EVALUATED = ("benchmark", "model", "editor")
 """The keys in the hive path of a result row."""
+JUDGES = "judges/"
+"""Verdicts about the texts of rows, see jobs.judge."""
+KEYS = (*EVALUATED, "order", "case_id")
+"""The columns that tell the rows of a run apart."""
 
 
 def hive_path(**values: str) -> str:
@@ -51,7 +55,8 @@ def collect(
     schema: pa.Schema = RESULT_SCHEMA,
     keys: Sequence[str] = EVALUATED,
 ) -> pl.DataFrame:
-    """`of` the rows of a run with its hive columns `keys`, reading only what it needs.
+    """`of` the rows of a run with its hive columns `keys` and the verdicts of its judges, reading
+    only what it needs.
 
     `schema`: the columns of a row; one that a part of an earlier version lacks is null there.
     Raises ValueError if there is no part, or naming one that is not whole, of something else, or
@@ -67,7 +72,8 @@ def collect(
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda part: _check(store, part, schema, origin or Origin()), parts))
     try:
-        return of(scan(store, parts, pl.Schema(_types(schema)), keys))
+        types = _types(schema) | (_types(FORMER_SCHEMA) if schema is RESULT_SCHEMA else {})
+        return of(_judged(store, scan(store, parts, pl.Schema(types), keys)))
     except (pl.exceptions.PolarsError, OSError):
         for part in parts:
             store.read_table(part)  # Names the damaged one.
@@ -140,6 +146,16 @@ def row_of(group: str) -> str:
 def at(editor: str, edits: int | str) -> str:
     """The name of a checkpoint in tables."""
     return f"{editor}@{edits}"
+
+
+def _judged(store: Store, rows: pl.LazyFrame) -> pl.LazyFrame:
+    for name in store.list(JUDGES, ".parquet"):
+        if "/" not in name.removeprefix(JUDGES):  # Else it holds replies.
+            verdicts = pl.from_arrow(store.read_table(name)).lazy()  # type: ignore[union-attr]
+            rows = rows.join(
+                verdicts.unique(KEYS), on=KEYS, how="left", nulls_equal=True, maintain_order="left"
+            )
+    return rows
 
 
 def write_table(store: Store, name: str, frame: pl.DataFrame) -> None:

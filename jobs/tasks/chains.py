@@ -129,7 +129,13 @@ class Chains:
         return written(self._model, Edit(Request("{}", "", ""), total))
 
     def _edited(self, chain: Chain, state: ChainState, number: int) -> ChainState:
-        requests = [record.request for record in self._records(chain.batch(number))]
+        batch = self._records(chain.batch(number))
+        if several := [record.case_id for record in batch if record.further]:
+            raise RecordError(
+                f"a chain with checkpoints takes records of one request, but case {several[0]} has "
+                "more; leave checkpoints out"
+            )
+        requests = [record.request for record in batch]
         _, state = self._editors[chain.editor].go_on(state, requests)
         if not all(math.isfinite(delta.norm) for delta in state.total.values()):
             raise RecordError("the edit is not finite: it holds NaN or infinities")

@@ -7,6 +7,7 @@ name, in their order. It is committed before the part, so what has a part has it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 

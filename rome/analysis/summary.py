@@ -111,13 +111,14 @@ def with_metrics(rows: pl.LazyFrame) -> pl.LazyFrame:
     likelihood: then their texts are of no model.
     """
     present = rows.collect_schema().names()
-    if "neighborhood_target" in present and "neighborhood_targets" not in present:
-        # Once all neighborhood prompts, of which there was one, had one target.
-        rows = rows.with_columns(neighborhood_targets=_one_of_each("neighborhood_target"))
-        present = [*present, "neighborhood_targets"]
     missing = {name: pl.lit(None, kind) for name, kind in _READ.items() if name not in present}
     there = [name for name, metric in METRICS.items() if metric.value is None]
-    return rows.with_columns(**missing).with_columns(
+    rows = rows.with_columns(**missing)
+    if "neighborhood_target" in present:
+        # Once all neighborhood prompts, of which there was one, had one target.
+        former = pl.coalesce("neighborhood_targets", _one_of_each("neighborhood_target"))
+        rows = rows.with_columns(neighborhood_targets=former)
+    return rows.with_columns(
         *record_metrics(metrics_in(rows)),
         *(scored("rewrite", finite(pl.col(name))).alias(name) for name in there),
     )

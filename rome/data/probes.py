@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -64,6 +64,24 @@ def check_set(name: object) -> None:
             "the name of a probe set must be of letters, digits, _ and -, at most 60, and must not "
             f"end with {', '.join(_ENDINGS)}; got {name!r}"
         )
+
+
+def worded(probe: Probe, templates: Mapping[str, str]) -> Probe:
+    """The probe with the text of its set around its prompt, such as examples before a question."""
+    template = templates.get(probe.set)
+    return replace(probe, prompt=template.replace("{}", probe.prompt)) if template else probe
+
+
+def check_templates(templates: Mapping[str, Any]) -> None:
+    """Raises ValueError where a template has not exactly one `{}`, where the prompt goes."""
+    for name, text in templates.items():
+        check_set(name)
+        check_text(f"the template of {name}", text)
+        if text.count("{}") != 1:
+            raise ValueError(
+                f"the template of {name} must hold exactly one '{{}}', where the prompt goes, got "
+                f"{text[-100:]!r}"
+            )
 
 
 def given(row: Mapping[str, Any]) -> tuple[Probe, ...]:

@@ -113,3 +113,6 @@ NUMBERS = {
     "text": ["GE", "RS"],
 }
 """The columns of numbers that may turn out not to be finite, by what they are of."""
+
+FORMER_SCHEMA = pa.schema([pa.field("neighborhood_target", pa.string())])
+"""Columns of earlier versions that still say something: the target of all neighborhood prompts."""
