@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,16 @@ def test_three_lines_of_a_fact_table_are_a_probe_set(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(YAML.replace("target:", "answer:"))
     with pytest.raises(ValueError, match=r"relation 'capital': probes.reversal\[0\] must have"):
         load(str(tmp_path / "g.yaml"))
+
+
+def test_the_three_lines_of_the_readme_are_a_probe_set(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    (shown,) = re.findall(r"```yaml\n(  probes:\n(?:.*\n){2})```", readme)
+    (tmp_path / "f.yaml").write_text(YAML.partition("  probes:")[0] + shown)
+    found = {one.subject: one.probes for one in load(str(tmp_path / "f.yaml")).records}
+    assert found["Italy"] == (
+        Probe("reversal", 0, "Paris is the mother tongue of", ("Italy", "Ms. Italy")),
+    )
 
 
 def asked(probes: tuple[Probe, ...], i: int = 0) -> Record:

@@ -174,11 +174,14 @@ def test_a_record_shows_before_and_after_and_stays_text(page_file: Path, browser
         page.wait_for_selector(".record")
         card = page.locator(".record").nth(3)
         card.locator("summary").click()
-        card.locator("table").wait_for()
+        card.locator("table").first.wait_for()
         shown = card.inner_text()
         assert HOSTILE in shown
         assert "Neighbor 9 of 3" in shown
-        assert card.locator("th").all_inner_texts()[1:] == [*EDITORS]
+        assert f"WILD “wild {HOSTILE}”" in shown
+        assert f"probe {HOSTILE}" in shown
+        assert "hop, any: x / Rome" in shown
+        assert card.locator("th").all_inner_texts()[1:4] == [*EDITORS]
         assert card.locator(".texts").count() == 2
         assert card.locator(".texts").first.locator("div").count() == 3
         dead = page.locator(".record").nth(5)

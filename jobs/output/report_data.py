@@ -64,8 +64,8 @@ def index(rows: pl.DataFrame, texts: int) -> bytes:
 
 def chunks(rows: pl.DataFrame, prompts: pl.DataFrame, texts: int) -> Iterator[bytes]:
     """JSON, CHUNK records each, in the index's order: prompts, and per editor, by its place:
-    probabilities of both targets per prompt, what it said greedily, the first `texts` texts, the
-    edit's health and its error."""
+    probabilities of both targets per prompt, what it said greedily and to WILD, the probes, the
+    first `texts` texts, the edit's health and its error."""
     details = (
         _cases(rows)
         .select("case_id")
@@ -74,7 +74,8 @@ def chunks(rows: pl.DataFrame, prompts: pl.DataFrame, texts: int) -> Iterator[by
     health = [name for name in rows.columns if name.startswith("edit_") and rows[name].count()]
     shown = [
         *(_probabilities(f"{kind}_nll_{t}") for kind in TOLD_KINDS for t in ("new", "true")),
-        *(f"{kind}_greedy" for kind in TOLD_KINDS),
+        *(f"{kind}_{how}" for kind in TOLD_KINDS for how in ("greedy", "wild")),
+        pl.col("probes").list.eval(_probe()),
         pl.col("texts").list.head(texts),
         *(_finite(pl.col(name)) for name in (*health, "GE", "RS")),
         "error",
@@ -112,6 +113,13 @@ def _cases(rows: pl.DataFrame) -> pl.DataFrame:
     words = ("relation_id", "prompt", "subject", "target_new", "target_true")
     # A dead letter has none of them; another editor's row may.
     return rows.group_by("case_id").agg(pl.col(words).drop_nulls().first()).sort("case_id")
+
+
+def _probe() -> pl.Expr:
+    parts = ("set", "role", "prompt", "answers", "greedy", "wild")
+    best = pl.element().struct.field("accuracy").list.max()
+    shown = [pl.element().struct.field(name) for name in parts]
+    return pl.struct(*shown, _finite(best).alias("accuracy"))
 
 
 def _probabilities(name: str) -> pl.Expr:

@@ -120,8 +120,8 @@ def said_wild(kind: str) -> pl.Expr:
     """The share of prompts after which WILD's text is the target, in NS the true one."""
     texts = pl.col(f"{kind}_wild")
 
-    def share(row: dict[str, list[str] | None]) -> float | None:
-        if not row["texts"] or row["right"] is None:
+    def share(row: dict[str, list[str] | None] | None) -> float | None:
+        if not row or not row["texts"] or row["right"] is None:
             return None
         pairs = zip(row["texts"], row["right"], strict=True)
         return fmean(answers.wild(text, [target]) for text, target in pairs)

@@ -70,8 +70,10 @@ def _sets(rows: pl.LazyFrame) -> list[str]:
 def _of_set(
     name: str, score: Callable[[Mapping[str, Any]], float | None], verdicts: str | None = None
 ) -> Metric:
-    def value(row: Mapping[str, Any]) -> float | None:
-        probes: list[dict[str, Any]] = row["probes"] or []
+    def value(row: Mapping[str, Any] | None) -> float | None:
+        if not row or not row["probes"]:
+            return None
+        probes: list[dict[str, Any]] = row["probes"]
         judged = row.get("verdicts") or [None] * len(probes)
         own = [
             one | {"verdict": verdict}

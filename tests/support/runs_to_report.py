@@ -16,6 +16,10 @@ from tests.support.parts_of_runs import write_part
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7*7 }}"
 )
+PROBE = {
+    "set": "hop", "item": 0, "role": "any", "prompt": f"probe {HOSTILE}", "answers": ["x", "Rome"],
+    "nll": [1.0, 2.0], "accuracy": [0.25, float("nan")], "greedy": HOSTILE, "wild": HOSTILE,
+}  # fmt: skip
 EDITORS = {"none": 0.0, "ft<b>": 2.5, "rome": 9.0}
 
 
@@ -77,6 +81,7 @@ def make_run(run_dir: Path, count: int = 60) -> Path:
     for editor in EDITORS:
         rows = make_rows(count, editor)
         rows[3] |= {"subject": HOSTILE, "texts": [HOSTILE] * 3, "rewrite_greedy": [HOSTILE]}
+        rows[3] |= {"rewrite_wild": [f"wild {HOSTILE}"], "probes": [PROBE]}
         if editor == "rome":
             rows[3] |= {"edit_norm": float("nan"), "edit_divisor": float("inf")}
             rows[5] = {

@@ -76,7 +76,8 @@ async function open(made, i) {
   const own = index.editors.flatMap((e, place) =>
     record[place] === null ? [] : [{ label: e.label, ...record[place] }]);
   made.append(element(
-    "div", {}, ...errors(own), probabilities(i, record, own), ...texts(i, own), health(own),
+    "div", {}, ...errors(own), probabilities(i, record, own), probes(own), ...texts(i, own),
+    health(own),
   ));
 }
 
@@ -111,15 +112,41 @@ function probabilities(i, record, own) {
   ));
 }
 
+/** A table of what is said to probes: rows are questions, columns editors. */
+function probes(own) {
+  const asked = own.map((e) => e.probes ?? []).find((some) => some.length > 0);
+  if (asked === undefined) return null;
+  const rows = asked.map((probe, p) => element(
+    "tr", {},
+    element("td", {}, probe.prompt, element("small", {}, `${probe.set}, ${probe.role}: ${probe.answers.join(" / ")}`)),
+    ...own.map((e) => element("td", {}, ...answered((e.probes ?? [])[p]))),
+  ));
+  const head = element("tr", {}, element("th", {}, "Probes"), ...own.map((e) => element("th", {}, e.label)));
+  return element("div", { class: "scroll" }, element(
+    "table", { class: "probabilities" }, element("thead", {}, head), element("tbody", {}, ...rows),
+  ));
+}
+
+/** The share of right tokens, and what is said. */
+function answered(probe) {
+  if (probe === undefined) return ["–"];
+  return [share(probe.accuracy), ...spoken(probe.greedy, probe.wild)];
+}
+
+function spoken(said, wild) {
+  return [["says", said], ["WILD", wild]]
+    .filter(([, text]) => text !== undefined && text !== null)
+    .map(([how, text]) => element("small", {}, `${how} “${text}”`));
+}
+
 function probability(e, kind, p) {
   const [fresh, old] = ["new", "true"].map((t) => (e[`${kind}_nll_${t}`] ?? [])[p] ?? null);
-  const said = (e[`${kind}_greedy`] ?? [])[p];
-  const words = said === undefined ? null : element("small", {}, `says “${said}”`);
-  if (fresh === null && old === null) return element("td", {}, words ?? "–");
+  const words = spoken((e[`${kind}_greedy`] ?? [])[p], (e[`${kind}_wild`] ?? [])[p]);
+  if (fresh === null && old === null) return element("td", {}, ...(words.length ? words : ["–"]));
   const good = kind === "neighborhood" ? old > fresh : fresh > old;
   const verdict = old === null || fresh === null ? null
     : element("span", { class: good ? "good" : "bad" }, good ? " ✓" : " ✗");
-  return element("td", {}, `${share(fresh)} : ${share(old)}`, verdict, words);
+  return element("td", {}, `${share(fresh)} : ${share(old)}`, verdict, ...words);
 }
 
 function share(value) {
