@@ -280,7 +280,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path, name: str, text: str, messa
 
 def test_a_mistyped_benchmark_is_told_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"none of the benchmarks \['counterfact', 'everyday', 'zsre'\]"
+        ValueError, match=r"none of the benchmarks \['counterfact', 'everyday', 'qaedit', 'zsre'\]"
     ):
         prepare("evryday", str(tmp_path / "out"))
 

@@ -130,11 +130,7 @@ class Chains:
 
     def _edited(self, chain: Chain, state: ChainState, number: int) -> ChainState:
         batch = self._records(chain.batch(number))
-        if several := [record.case_id for record in batch if record.further]:
-            raise RecordError(
-                f"a chain with checkpoints takes records of one request, but case {several[0]} has "
-                "more; leave checkpoints out"
-            )
+        _refuse_what_chains_cannot(batch)
         requests = [record.request for record in batch]
         _, state = self._editors[chain.editor].go_on(state, requests)
         if not all(math.isfinite(delta.norm) for delta in state.total.values()):
@@ -252,3 +248,16 @@ class Chains:
 
 def _name(chain: Chain, edits: int, digest: str) -> str:
     return f"chains/{chain.path}/edits-{edits:07d}-{digest[:16]}.safetensors"
+
+
+def _refuse_what_chains_cannot(batch: Sequence[Record]) -> None:
+    """Raises RecordError for a record of several requests, which no count of edits has, or with a
+    question to the unedited model, which is not there at a checkpoint."""
+    for record in batch:
+        asks_before = any(probe.role == "condition" for probe in record.probes)
+        if record.further or asks_before:
+            what = "condition questions" if asks_before else "several requests"
+            raise RecordError(
+                f"a chain with checkpoints takes no record with {what}, as case {record.case_id} "
+                "is; leave checkpoints out"
+            )

@@ -184,7 +184,7 @@ class EvaluationTask:
         some = self._records(self.evaluation.grid.ids(lease))
         try:
             with self.chains.at(chain, int(hive_values(lease.group)["edits"])):
-                return [row for row, _ in self._scored(lambda _: Unedited(), some)]
+                return [row for row, _ in self._scored(Unedited(), some)]
         except RecordError as error:
             return [self._failed(record, error)[0] for record in some]
 

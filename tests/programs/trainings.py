@@ -44,7 +44,7 @@ def record(number: int) -> Record:
         neighborhood_prompts=(f"nq question: who wrote the book of {number}?",),
         attribute_prompts=(),
         generation_prompts=(),
-        neighborhood_target=f"Writer {number % 89}",
+        neighborhood_targets=(f"Writer {number % 89}",),
     )
 
 
