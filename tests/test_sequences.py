@@ -31,7 +31,8 @@ from tests.support.oracle import edited
 from tests.support.tiny import REQUESTS, TEMPLATES
 
 LAYER = 1
-SECONDS = [f"seconds_{stage}" for stage in ("edit", "probabilities", "greedy", "generation")]
+STAGES = ("edit", "probabilities", "greedy", "wild", "generation")
+SECONDS = [f"seconds_{stage}" for stage in STAGES]
 SETTINGS = RomeSettings(LAYER, ValueSettings(steps=3, stop_below=0), second_moment=False)
 
 
