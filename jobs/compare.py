@@ -27,7 +27,8 @@ from jobs.runs import manifests
 from jobs.runs.labels import differing_notes, row_labels
 from jobs.runs.parts import collect
 from rome.analysis import comparison
-from rome.analysis.metrics import METRICS, SUCCESSES, harmonic_mean, table_of
+from rome.analysis.metrics import SUCCESSES, harmonic_mean, table_of
+from rome.analysis.own_metrics import metrics_in
 from rome.analysis.summary import with_metrics
 from rome.data.results import OK
 
@@ -69,7 +70,7 @@ def read(run_dirs: Sequence[str]) -> pl.DataFrame:
     return (
         pl.concat(found.values(), how="diagonal")
         .join(known, on=["folder", "editor"], maintain_order="left")
-        .with_columns(_over_orders())
+        .pipe(lambda rows: rows.with_columns(_over_orders(list(metrics_in(rows.lazy())))))
         # As in the summary, a scored row is kept in preference to a dead letter.
         .sort("place", pl.col("status") != OK, maintain_order=True)
         .unique(("label", "case_id"), keep="first", maintain_order=True)
@@ -77,13 +78,13 @@ def read(run_dirs: Sequence[str]) -> pl.DataFrame:
     )
 
 
-def _over_orders() -> list[pl.Expr]:
+def _over_orders(metrics: Sequence[str]) -> list[pl.Expr]:
     """A record's numbers in a chain: their mean over the orders that the chain was made in."""
     chained = pl.when(pl.col("order").is_not_null())
-    means = (pl.col(name).mean().over("label", "case_id") for name in METRICS)
+    means = (pl.col(name).mean().over("label", "case_id") for name in metrics)
     return [
         chained.then(mean).otherwise(name).alias(name)
-        for name, mean in zip(METRICS, means, strict=True)
+        for name, mean in zip(metrics, means, strict=True)
     ]
 
 
