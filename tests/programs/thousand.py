@@ -12,6 +12,7 @@ from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+from cluster.clock import Clock
 from cluster.crew import Lost
 from cluster.driver import Driver
 from cluster.queue import Grid, Lease, LeaseTable
@@ -31,7 +32,8 @@ class SteadyCrew:
     """Workers that take the same time for each record. Counts what the driver takes."""
 
     def __init__(self, world: World, process: Process, workers: int) -> None:
-        self.clock = process
+        self.clock: Clock = process
+        self._process = process
         self._world, self._workers = world, workers
         self._free = [0.0] * workers
         self._started = 0
@@ -74,9 +76,9 @@ class SteadyCrew:
     ) -> Iterator[tuple[Any, Booted | Report | Lost]]:
         self._charge(time.thread_time() - self._began)
         if not self._mail:
-            self._wake = Pause(self.clock)
+            self._wake = Pause(self._process)
             self._world.at(seconds, self._wake.resume)
-            self.clock.wait()
+            self._process.wait()
             self._wake = None
         there, self._mail = self._mail, {}
         self._began = time.thread_time()

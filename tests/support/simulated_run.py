@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event
 from typing import Any
 from unittest.mock import patch
@@ -562,7 +563,7 @@ class Simulation:
             for hand in self.hands:
                 if hand.driver is process:
                     seconds = luck.uniform(0, 20) if survive else luck.uniform(0, 0.1)
-                    self.world.at(seconds, lambda hand=hand: hand.process.kill("its driver died"))
+                    self.world.at(seconds, partial(hand.process.kill, "its driver died"))
 
         process.on_death = died
 
@@ -609,9 +610,7 @@ class Simulation:
             "workers die": lambda: self._a_worker(lambda hand: hand.process.kill("killed")),
             "nodes die": self._node_dies,
             "nodes join": self._join,
-            "nodes drain": lambda: (
-                self.nodes and self.draining.append(self.luck.choice(self.nodes))
-            ),
+            "nodes drain": self._drain,
             "nodes are cut off": self._cut_off,
             "workers stop": lambda: self._a_worker(lambda hand: self._stop(hand.process)),
             "drivers die": lambda: self._a_driver(lambda driver: driver.kill("killed")),
@@ -655,6 +654,10 @@ class Simulation:
     def _join(self) -> None:
         self.nodes.append(f"node {self.number()}")
         self.world.tell(self.nodes[-1], "joins")
+
+    def _drain(self) -> None:
+        if self.nodes:
+            self.draining.append(self.luck.choice(self.nodes))
 
     def _cut_off(self) -> None:
         """A node that the driver cannot reach, whose workers go on and reach the store."""
