@@ -83,6 +83,10 @@ qaedit: setup ## Tabulate QAEdit on SmolLM2, of FILE=qaedit.json.
 	$(BIN)/python -m jobs.evaluate configs/runs/qaedit-smollm2.yaml \
 		--set benchmark=$(STORES)/$(basename $(notdir $(FILE)))
 
+lifelong: $(STORES)/counterfact_1618/manifest.json ## Make a thousand edits of SmolLM2, in two orders, by seven editors: many hours.
+	$(BIN)/python -m jobs.evaluate configs/runs/lifelong-smollm2.yaml \
+		--set benchmark=$(STORES)/counterfact_1618
+
 # A training that is finished says how it went and ends.
 train-%-wiki: setup
 	$(BIN)/python -m jobs.train configs/train/$*-wiki.yaml \

@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("jobs.compare", "Compare the editors of one or more runs in pairs."),
     "status": ("jobs.status", "Say what is done and left of a run."),
     "report": ("jobs.report", "Write a page about one or more runs."),
+    "export": ("jobs.export", "Write the model at a checkpoint of a chain as a folder."),
     "judge": ("jobs.judge", "Have a model judge the texts of a run."),
     "study": ("jobs.study", "Put two editors' texts before human raters."),
     "trace": ("jobs.trace", "Trace known facts and draw where they are recalled."),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.here import drive_here
 from cluster.progress import Progress
@@ -24,6 +25,7 @@ from cluster.queue import Grid, LeaseTable
 from cluster.store import Store
 from jobs.compare import read
 from jobs.evaluate import evaluate
+from jobs.export import export
 from jobs.inputs.record_stores import grid_of, prepare
 from jobs.reduce import app as reduce_app
 from jobs.reduce import reduce
@@ -35,6 +37,7 @@ from jobs.status import status
 from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
 from rome.analysis import chains
+from rome.analysis.summary import with_metrics
 from rome.data.records import Record, Request, from_table
 from rome.editors import Editor, Unedited
 from rome.edits.deltas import DenseDelta, Edit, dense
@@ -73,12 +76,12 @@ def run_config(folder: Path, *overrides: str, **row: Any) -> RunConfig:
         "lease_records": 2,
         "workers": {"workers": 0},
     }
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     return configs.load(path, overrides)
 
 
 def rows_of(folder: Path) -> pl.DataFrame:
-    found = collect(Store(folder), lambda rows: rows.collect())
+    found = collect(Store(folder), lambda rows: with_metrics(rows).collect())
     return found.sort("order", "edits", "case_id")
 
 
@@ -355,6 +358,24 @@ def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:
     printed = invoke(reduce_app, out).output
     assert "Chains" in printed
     assert f"{saved['perplexity'][1]:.2f} of {saved['perplexity_unedited'][1]:.2f}" in printed
+
+
+def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    out = str(tmp_path / "run")
+    assert evaluate(config, out) == 0
+    export(out, "chain@6", tmp_path / "edited")
+    edited_hf = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited")
+    model = EditableModel(edited_hf, tokenizer, "edited")
+    found = scores(model, Unedited(), records_of(tmp_path))
+    rows = rows_of(tmp_path / "run").filter(editor="chain@6")
+    for one, row in zip(found, rows.iter_rows(named=True), strict=True):
+        assert one["rewrite_nll_new"] == pytest.approx(row["rewrite_nll_new"], rel=1e-9)
+    with pytest.raises(ValueError, match=r"no checkpoint 'chain@4', but chain@2, chain@6"):
+        export(out, "chain@4", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has not made 6 edits of .*order=1"):
+        export(out, "chain@6", tmp_path / "other", order=1)
 
 
 def mean_of(rows: pl.DataFrame) -> float:

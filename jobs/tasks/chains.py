@@ -22,7 +22,7 @@ from cluster.queue import Lease
 from cluster.store import Store, StoreError
 from cluster.worker import describe_error
 from jobs.runs.chains import Chain
-from rome.data.records import Record, RecordError, Request
+from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
 from rome.edits import files as edit_files
 from rome.edits import sequences
@@ -125,8 +125,8 @@ class Chains:
             yield
 
     def _written(self, chain: Chain, state: ChainState) -> Any:
-        total = self._editors[chain.editor].scored(state)
-        return written(self._model, Edit(Request("{}", "", ""), total))
+        total = sequences.scored(self._model, chain.grouping, state)
+        return written(self._model, Edit(edit_files.OF_A_CHAIN, total))
 
     def _edited(self, chain: Chain, state: ChainState, number: int) -> ChainState:
         batch = self._records(chain.batch(number))

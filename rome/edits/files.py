@@ -72,12 +72,13 @@ def dumps(edits: Sequence[Edit], origin: EditOrigin) -> bytes:
 
 
 _CARRIED = "carried/"
-_NO_REQUEST = Request("{}", "the model", "the chain's edits")
+OF_A_CHAIN = Request("{}", "the model", "the chain's edits")
+"""The request of an edit that is all edits of a chain."""
 
 
 def dumps_chain(state: ChainState, origin: EditOrigin) -> bytes:
     """A chain after some of its batches as the content of a file."""
-    edit = Edit(_NO_REQUEST, state.total, {"edits": state.edits})
+    edit = Edit(OF_A_CHAIN, state.total, {"edits": state.edits})
     carried = {f"{_CARRIED}{name}": tensor for name, tensor in state.carried.items()}
     return _dumps([edit], origin, carried)
 

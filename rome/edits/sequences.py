@@ -92,7 +92,7 @@ class Chain:
                 f"edits_per_model must be 1 for {type(editor).__name__}, which has no "
                 "edit_together; `sequence` makes edits one after another with any editor"
             )
-        self._model, self._editor, self.grouping = model, editor, grouping
+        self.model, self._editor, self.grouping = model, editor, grouping
 
     def begin(self) -> ChainState:
         """The chain before its first batch."""
@@ -116,18 +116,9 @@ class Chain:
             health += [edit.health] * len(batch)
         return health, state
 
-    def scored(self, state: ChainState) -> Mapping[str, Delta]:
-        """The change of the model on which facts are scored."""
-        if not self.grouping.prune:
-            return state.total
-        return {
-            name: DenseDelta(pruned(self._weight(name), dense(delta)))
-            for name, delta in state.total.items()
-        }
-
     def _edit(self, state: ChainState, batch: Sequence[Request]) -> tuple[Edit, State]:
         # One write of all edits before, so that a weight is rounded to its dtype only once.
-        with written(self._model, Edit(batch[0], state.total)):
+        with written(self.model, Edit(batch[0], state.total)):
             if isinstance(self._editor, ChainEditor):
                 return self._editor.edit_batch(batch, state.carried)
             if self.grouping.edits_per_model == 1:
@@ -136,11 +127,17 @@ class Chain:
             assert isinstance(self._editor, JointEditor)
             return self._editor.edit_together(batch), {}
 
-    def _weight(self, name: str) -> torch.Tensor:
-        weight = self._model.hf.get_parameter(name).detach()
-        if self._model.family.transposed:
-            weight = weight.T
-        return weight.reshape(self._model.sizes(name))
+
+def scored(model: EditableModel, grouping: Grouping, state: ChainState) -> Mapping[str, Delta]:
+    """The change of the model on which the facts of a chain are scored."""
+    if not grouping.prune:
+        return state.total
+    found: dict[str, Delta] = {}
+    for name, delta in state.total.items():
+        weight = model.hf.get_parameter(name).detach()
+        weight_DK = (weight.T if model.family.transposed else weight).reshape(model.sizes(name))
+        found[name] = DenseDelta(pruned(weight_DK, dense(delta)))
+    return found
 
 
 _SCORED_TOGETHER = 8
@@ -196,7 +193,7 @@ class _Grouped:
         for start in range(0, len(requests), step):
             some = requests[start : start + step]
             health, self._state = self._chain.go_on(self._state, some)
-            deltas = self._chain.scored(self._state)
+            deltas = scored(self._chain.model, self._chain.grouping, self._state)
             edits += [Edit(request, deltas, h) for request, h in zip(some, health, strict=True)]
         return edits
 
