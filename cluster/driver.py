@@ -190,6 +190,7 @@ class Driver:
         assert lease is not None
         if report.failure is None:
             self._record_seconds.append((slot.since - began) / self._grid.size(lease))
+            self._progress.finished(lease.group, self._grid.size(lease), slot.since - began)
             self._failing_since, slot.failures = None, 0
             new = self._table.complete(slot.name, lease, report.errors)
             self._metrics.finished(new, len(report.errors) if new else 0, report.written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any
 
 import pyarrow as pa
@@ -39,7 +40,9 @@ def drive_here(
     task = work.task()
     if expect is not None and (facts := task.describe()) != expect:
         raise RunError(difference(expect, facts))
+    progress.update(len(table.done), len(table.dead), 1, 1)
     while not table.finished and not stop.is_set():
+        began = time.monotonic()
         lease = table.lease(_HERE)
         assert lease is not None
         try:
@@ -57,6 +60,7 @@ def drive_here(
         task.verify()
         errors, _ = commit(store, grid, lease, rows)
         table.complete(_HERE, lease, errors)
+        progress.finished(lease.group, grid.size(lease), time.monotonic() - began)
         progress.update(len(table.done), len(table.dead), 1, 1)
     return not table.finished
 

@@ -8,12 +8,17 @@ import time
 from collections import deque
 from datetime import timedelta
 from typing import Any
+from urllib.parse import unquote
 
 import rich.progress
 
 from cluster.words import PlainConsole, printable, redacted
 
 LOG_SECONDS = 10.0
+WIDE = 100
+"""Columns of a terminal that shows a line for each editor."""
+# Weight of the newest lease in a group's seconds a row.
+_NEWEST = 0.3
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +43,19 @@ class Rate:
 
 
 class Progress:
-    """Shows done/total, rate, time and workers on stderr for the length of a `with` block.
+    """Shows the phase, done/total, rate, time and workers on stderr for the length of a `with`.
 
+    left: rows of each group that are not done; a group's name ends in `editor=NAME` or the like.
     json_of: the name of the run in a log of JSON objects; None for text.
     """
 
-    def __init__(self, total: int, done: int, json_of: str | None = None) -> None:
+    def __init__(
+        self, total: int, done: int, json_of: str | None = None, left: dict[str, int] | None = None
+    ) -> None:
         self._json_of = json_of
         self._total, self._done, self._dead, self._workers = total, done, 0, (0, 0)
+        self._left = dict(left or {})
+        self._seconds: dict[str, float] = {}
         self._rate = Rate()
         self._started = time.monotonic()
         self._printed = self._started
@@ -59,10 +69,17 @@ class Progress:
             if console.is_terminal and json_of is None
             else None
         )
+        self._wide = console.width >= WIDE and len(self._left) > 1
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._task = self._bar.add_task(self.line(), total=self._total, completed=self._done)
+            # One line an editor below, where there is room.
+            self._tasks = {
+                group: self._bar.add_task(self._of(group), total=left)
+                for group, left in self._left.items()
+                if self._wide
+            }
             self._bar.start()
         return self
 
@@ -72,6 +89,13 @@ class Progress:
         else:
             self.note(self.line())
 
+    def finished(self, group: str, rows: int, seconds: float) -> None:
+        """A lease of so many rows of a group took a worker so long."""
+        each = seconds / max(rows, 1)
+        before = self._seconds.get(group, each)
+        self._seconds[group] = before + (each - before) * _NEWEST
+        self._left[group] = max(0, self._left.get(group, 0) - rows)
+
     def update(self, done: int, dead: int, ready: int, workers: int) -> None:
         """Rows and dead letters in the store, and how many of the workers are ready."""
         self._done, self._dead, self._workers = done, dead, (ready, workers)
@@ -80,6 +104,9 @@ class Progress:
             self._rate.add(now, done)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=self.line())
+            for group, task in self._tasks.items():
+                done_of = (self._bar.tasks[task].total or 0) - self._left[group]
+                self._bar.update(task, completed=done_of, description=self._of(group))
         elif now - self._printed >= LOG_SECONDS:
             self._printed = now
             self.note(self.line())
@@ -96,13 +123,35 @@ class Progress:
 
     def line(self) -> str:
         now = time.monotonic()
-        rate = self._rate.per_second(now)
-        left = clock((self._total - self._done) / rate) if rate else "?"
+        ready, workers = self._workers
+        if not ready and self._done < self._total:
+            phase = f"{workers or '?'} workers load the model, "
+        elif not self._seconds and self._done < self._total:
+            phase = "first records, "
+        else:
+            phase = ""
+        seconds = self.seconds_left(now)
         return (
-            f"{self._done}/{self._total}, {rate:.2f} rows/s, "
-            f"{clock(now - self._started)} elapsed, {left} left, "
-            f"{self._workers[0]}/{self._workers[1]} workers, {self._dead} dead"
+            f"{phase}{self._done}/{self._total}, {self._rate.per_second(now):.2f} rows/s, "
+            f"{clock(now - self._started)} elapsed, "
+            f"{'?' if seconds is None else clock(seconds)} left, "
+            f"{ready}/{workers} workers, {self._dead} dead"
         )
+
+    def seconds_left(self, now: float) -> float | None:
+        """From the seconds that a row of each group takes a worker; of a group that has not begun,
+        the most that one of the others takes. None while nothing is known."""
+        if self._seconds and self._workers[0]:
+            slowest = max(self._seconds.values())
+            left = sum(n * self._seconds.get(group, slowest) for group, n in self._left.items())
+            return left / self._workers[0]
+        rate = self._rate.per_second(now)
+        return (self._total - self._done) / rate if rate else None
+
+    def _of(self, group: str) -> str:
+        name = unquote(group.rpartition("=")[2])
+        each = self._seconds.get(group)
+        return f"  {name}: {self._left[group]} left" + (f", {each:.2g} s a row" if each else "")
 
 
 def clock(seconds: float) -> str:

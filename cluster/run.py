@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,7 +134,9 @@ def run(
         begins()
         now = joined(settings) if settings.workers else settings
         json_of = name if settings.logs == "json" else None
-        shown = Progress(table.total, len(table.done), json_of)
+        done = Counter(group for group, _ in table.done)
+        left = {group: len(grid.of(group)) - done[group] for group in groups}
+        shown = Progress(table.total, len(table.done), json_of, left)
         if now.workers and now.num_gpus and gpu_rows:
             table.queue(_rows_on_gpus(table, grid, now, gpu_rows))
         with _stop_signals() as stop, shown as progress:

@@ -1,6 +1,7 @@
 """rome-bench COMMAND ...: every job, and `edit` and `show` of `python -m rome`.
 
-A command's module is imported only if that command is asked for: Ray and torch are slow.
+A command's line is imported only if that command is asked for, and its job only when the line is
+right: Ray and torch are slow.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ from jobs import cli
 _ROME = "rome.__main__"
 # Name -> (module with its `app`, help)
 COMMANDS = {
-    "prepare": ("jobs.prepare", "Turn a source into a store of records."),
-    "second-moment": ("jobs.second_moment", "Compute the second moments that a run needs."),
-    "train": ("jobs.train", "Train KE or MEND."),
-    "evaluate": ("jobs.evaluate", "Evaluate every editor of a run over its records."),
-    "reduce": ("jobs.reduce", "Print and write the table of one or more runs."),
-    "compare": ("jobs.compare", "Compare the editors of one or more runs in pairs."),
-    "status": ("jobs.status", "Say what is done and left of a run."),
-    "report": ("jobs.report", "Write a page about one or more runs."),
-    "export": ("jobs.export", "Write the model at a checkpoint of a chain as a folder."),
-    "judge": ("jobs.judge", "Have a model judge the texts of a run."),
-    "study": ("jobs.study", "Put two editors' texts before human raters."),
-    "trace": ("jobs.trace", "Trace known facts and draw where they are recalled."),
-    "sweep": ("jobs.sweep", "Edit at every layer and token, and draw the scores."),
+    "prepare": ("jobs.commands.prepare", "Turn a source into a store of records."),
+    "second-moment": (
+        "jobs.commands.second_moment",
+        "Compute the second moments that a run needs.",
+    ),
+    "train": ("jobs.commands.train", "Train KE or MEND."),
+    "evaluate": ("jobs.commands.evaluate", "Evaluate every editor of a run over its records."),
+    "reduce": ("jobs.commands.reduce", "Print and write the table of one or more runs."),
+    "compare": ("jobs.commands.compare", "Compare the editors of one or more runs in pairs."),
+    "status": ("jobs.commands.status", "Say what is done and left of a run."),
+    "report": ("jobs.commands.report", "Write a page about one or more runs."),
+    "export": (
+        "jobs.commands.export",
+        "Write the model at a checkpoint of a chain as a folder.",
+    ),
+    "judge": ("jobs.commands.judge", "Have a model judge the texts of a run."),
+    "study": ("jobs.commands.study", "Put two editors' texts before human raters."),
+    "trace": ("jobs.commands.trace", "Trace known facts and draw where they are recalled."),
+    "sweep": ("jobs.commands.sweep", "Edit at every layer and token, and draw the scores."),
     "edit": (_ROME, "Edit one fact, and show what the model says then."),
     "show": (_ROME, "Show what the model says with an edit from a file."),
 }
@@ -48,9 +55,7 @@ def _load(name: str) -> Any:
     try:
         command: Any = typer.main.get_command(import_module(module).app)
     except ModuleNotFoundError as error:
-        lacking = str(error.name).partition(".")[0]
-        cli.say(f"error: {name} needs '{lacking}'; pip install 'rome-bench[all]' brings it")
-        raise typer.Exit(1) from None
+        cli.refuse_without(name, error)
     return command.commands[name] if module == _ROME else command
 
 

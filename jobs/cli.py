@@ -6,7 +6,8 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import RenderableType
@@ -41,12 +42,49 @@ def tell(text: str) -> None:
     typer.echo(printable(redacted(text)))
 
 
+def shell(command: str, *arguments: str) -> str:
+    """A line that the user may type next."""
+    return shlex.join(["python", "-m", f"jobs.{command}", *arguments])
+
+
 def print_table(table: RenderableType) -> None:
     """To stdout; in a log or a pipe it is not cut to the width of a terminal."""
     console = PlainConsole()
     if not console.is_terminal:
         console.width = PlainConsole(width=1000).measure(table).maximum
     console.print(table)
+
+
+def check_config(config: str, overrides: list[str] | None) -> None:
+    """Raises ConfigError where a config's file cannot be read, or an override is none: at once,
+    before its settings are looked at, which takes seconds of imports."""
+    from jobs.runs.config_files import filled_each
+
+    filled_each(config, overrides or [])
+
+
+def check_runs(run_dirs: list[str]) -> None:
+    """Raises ValueError where a path is no run directory: at once, before what is slow is there."""
+    from cluster.store import Store
+    from jobs.runs import manifests
+
+    for run_dir in run_dirs:
+        manifests.read(Store(run_dir), ())
+
+
+def job(name: str) -> Any:
+    """The module of a job, imported when its line is right; says what package it lacks."""
+    try:
+        return import_module(f"jobs.{name}")
+    except ModuleNotFoundError as error:
+        refuse_without(name.replace("_", "-"), error)
+
+
+def refuse_without(command: str, error: ModuleNotFoundError) -> NoReturn:
+    """Say what a command lacks, and exit with 1."""
+    lacking = str(error.name).partition(".")[0]
+    say(f"error: {command} needs '{lacking}'; pip install 'rome-bench[all]' brings it")
+    raise typer.Exit(1) from None
 
 
 @contextmanager

@@ -5,15 +5,19 @@ Every pair of editors of one or more runs, compared on the records that both hav
 
 from __future__ import annotations
 
+from jobs.commands.compare import Format
+from jobs.commands.compare import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any
+from typing import Any
 
 import polars as pl
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -22,8 +26,7 @@ from cluster.store import Store
 from jobs import cli
 from jobs.cli import say
 from jobs.output.tables import on_screen, pipes
-from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import differences, manifests
 from jobs.runs.labels import differing_notes, row_labels
 from jobs.runs.parts import collect
 from rome.analysis import comparison
@@ -31,13 +34,6 @@ from rome.analysis.metrics import SUCCESSES, harmonic_mean, table_of
 from rome.analysis.own_metrics import metrics_in
 from rome.analysis.summary import with_metrics
 from rome.data.results import OK
-
-app = cli.new_app()
-
-
-class Format(StrEnum):
-    TABLE = "table"
-    MARKDOWN = "markdown"
 
 
 def read(run_dirs: Sequence[str]) -> pl.DataFrame:
@@ -120,7 +116,7 @@ def _refuse_another(one: tuple[str, Any], other: tuple[str, Any]) -> None:
         | {"scoring": manifest.get("config", {}).get("scoring")}
         for _, manifest in (one, other)
     )
-    if changed := configs.difference(there, now):
+    if changed := differences.difference(there, now):
         raise ValueError(
             "runs can be compared if benchmark, weights, protocol and scoring are the same; "
             f"{other[0]} differs from {one[0]}, which is 'there':\n" + "\n".join(changed)
@@ -240,17 +236,13 @@ def _markdown(frame: pl.DataFrame, cells: dict[str, Cell], caption: str) -> str:
     return f"{pipes(header, rows, len(cells))}\n\n{caption}\n"
 
 
-@app.command()
 def main(
-    run_dirs: Annotated[list[str], typer.Argument(help="Run directories, local or s3://...")],
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="A metric; may be repeated [those of the paper's table]."),
-    ] = None,
-    format: Annotated[Format, typer.Option(help="What to print.")] = Format.TABLE,
-    out: Annotated[Path | None, typer.Option(help="Write the pairs to this Parquet file.")] = None,
+    run_dirs: list[str],
+    metric: list[str] | None = None,
+    format: Format = Format.TABLE,
+    out: Path | None = None,
 ) -> None:
-    """Compare the editors of one or more runs in pairs, record by record."""
+    """See `jobs.commands.compare`."""
     with cli.errors():
         pairs, health, notes = compare(run_dirs, metric or [])
         notes += differing_notes(manifests.of_runs(run_dirs))
@@ -268,7 +260,3 @@ def main(
             cli.tell(_markdown(health, _HEALTH, _HEALTH_CAPTION))
     for note in notes:
         say(note)
-
-
-if __name__ == "__main__":
-    app()

@@ -5,16 +5,22 @@ Every record under every editor of a run, on Ray. Run the same line again to res
 
 from __future__ import annotations
 
+from jobs.commands.evaluate import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
 import typer
 
+from cluster.progress import clock
 from cluster.queue import Grid
 from cluster.run import FAILURES, Outcome, once, run
 from cluster.store import Store
@@ -56,7 +62,17 @@ def evaluate(config: RunConfig, out: str) -> int:
     if outcome.done:
         show(reduce([out]))
         show_chains([out])
-    return cli.ended(outcome, "rows", "case")
+    status = cli.ended(outcome, "rows", "case")
+    _say_where(status, outcome.seconds, out)
+    return status
+
+
+def _say_where(status: int, seconds: float, *folders: str) -> None:
+    """The folders of a run that came to its end, its time, and what may follow."""
+    if status != cli.STOPPED:
+        uris = [Store(folder).uri for folder in folders]
+        say(f"run: {', '.join(uris)}, in {clock(seconds)}")
+        say(f"next: {cli.shell('report', *uris, '--out', 'report.html')}")
 
 
 def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:
@@ -181,6 +197,7 @@ def _manifest(
         return there
     # Refused at once: what is not there or does not fit.
     weights, outline = _outlined(config)
+    say(f"loading {config.model.name}: its facts and the context templates of the run")
     facts = once(model_facts, config, weights, settings=config.workers)
     sized = _sized(config, facts["model_bytes"])
     files = {}
@@ -235,28 +252,14 @@ def _weights(config: RunConfig) -> dict[str, str]:
     return {name: trained(name) for name in sorted(filter(None, names))}
 
 
-app = cli.new_app()
-
-
-@app.command()
 def main(
-    config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
-    out: Annotated[
-        str | None,
-        typer.Option(help="Run directory or URI, whose last part names the run [runs/NAME]."),
-    ] = None,
-    overrides: cli.Overrides = None,
-    edits: Annotated[
-        str | None, typer.Option(help="Score the edits that this run kept: edits=RUN_DIR.")
-    ] = None,
-    retry_dead: Annotated[
-        bool, typer.Option("--retry-dead", help="Do dead letters again: workers.retry_dead=true.")
-    ] = False,
+    config: str,
+    out: str | None = None,
+    overrides: list[str] | None = None,
+    edits: str | None = None,
+    retry_dead: bool = False,
 ) -> None:
-    """Evaluate every editor of a run over its records; the same line resumes.
-
-    A run of several models has a run directory for each of them in its own.
-    """
+    """See `jobs.commands.evaluate`."""
     given = [*(overrides or [])]
     given += ["workers.retry_dead=true"] if retry_dead else []
     given += [f"edits={json.dumps(edits)}"] if edits else []
@@ -267,7 +270,3 @@ def main(
             chosen = [replace(one, name=name) for one in chosen]
         status = evaluate_each(chosen, out or str(inside(workspace() / "runs", chosen[0].name)))
     raise typer.Exit(status)
-
-
-if __name__ == "__main__":
-    app()

@@ -5,10 +5,12 @@ The model at a checkpoint of a chain, as a folder that transformers loads.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from jobs.commands.export import app as app
 
-import typer
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
+from pathlib import Path
 
 from cluster.store import Store
 from jobs import cli
@@ -22,8 +24,6 @@ from rome import options
 from rome.edits import files as edit_files
 from rome.edits import sequences
 from rome.edits.deltas import Edit, written
-
-app = cli.new_app()
 
 
 def export(run_dir: str, row: str, out: Path, order: int = 0, chain: int = 0) -> None:
@@ -69,19 +69,8 @@ def _state_of(store: Store, path: str, edits: int) -> str:
     )
 
 
-@app.command()
-def main(
-    run_dir: Annotated[str, typer.Argument(help="Run directory, local or s3://...")],
-    row: Annotated[str, typer.Argument(help="A checkpoint of its table, such as memit@1000.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model.")],
-    order: Annotated[int, typer.Option(help="Which order of the chain.")] = 0,
-    chain: Annotated[int, typer.Option(help="Which chain, where the records make several.")] = 0,
-) -> None:
-    """Write the model at a checkpoint of a chain as a folder that transformers loads."""
+def main(run_dir: str, row: str, out: Path, order: int = 0, chain: int = 0) -> None:
+    """See `jobs.commands.export`."""
     with cli.errors():
         export(run_dir, row, out, order, chain)
     say(f"{row}: {out}")
-
-
-if __name__ == "__main__":
-    app()

@@ -6,6 +6,11 @@ are right. Its verdicts are columns with its name, which jobs.reduce and the oth
 
 from __future__ import annotations
 
+from jobs.commands.judge import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import hashlib
 import json
 import os
@@ -14,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -28,8 +33,7 @@ from jobs.cli import CONSOLE, say
 from jobs.inputs.chat_server import ChatServer, NoReplyError
 from jobs.output.report_data import read_prompts
 from jobs.reduce import reduce, show
-from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import differences, manifests
 from jobs.runs.parts import JUDGES, KEYS, collect, write_table
 from rome import options
 from rome.data.answers import until_stop
@@ -97,7 +101,8 @@ def judge(run_dir: str, server: ChatServer, form: JudgePrompt, name: str) -> int
         raise ValueError(
             f"{run_dir} kept no texts to judge: make the run with --set scoring.wild.form=plain"
         )
-    rows = rows.join(read_prompts([manifest]), on="case_id", how="left", maintain_order="left")
+    prompts_of, _ = read_prompts({store.uri: manifest})
+    rows = rows.join(prompts_of, on="case_id", how="left", maintain_order="left")
     home = store.sub(f"{JUDGES}{name}")
     with RunLock(home):
         _claim(home, {"model": server.model, **vars(form)})
@@ -165,7 +170,9 @@ def _claim(home: Store, who: dict[str, Any]) -> None:
     """Write who the judge is, or see that it is the one that is there."""
     if home.exists("judge.json"):
         there = json.loads(home.read_bytes("judge.json"))
-        configs.refuse_another(home.uri, there, who, "judge; or give this one a --name of its own")
+        differences.refuse_another(
+            home.uri, there, who, "judge; or give this one a --name of its own"
+        )
     home.write_bytes("judge.json", json.dumps(who, indent=1, ensure_ascii=False).encode())
 
 
@@ -241,26 +248,18 @@ def _prompt(path: str | None) -> JudgePrompt:
     return form
 
 
-app = cli.new_app()
-
-
-@app.command()
 def main(
-    run_dir: Annotated[str, typer.Argument(help="A run that kept WILD's texts.")],
-    endpoint: Annotated[str, typer.Option(help="Such as http://localhost:8000/v1.")],
-    model: Annotated[str, typer.Option(help="What the server calls the judge.")],
-    name: Annotated[str | None, typer.Option(help="Of its columns [the model's].")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="A file as configs/judges/correct.yaml is.")
-    ] = None,
-    key_env: Annotated[
-        str, typer.Option(help="The variable that holds the key, if there is one.")
-    ] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Questions at once.")] = 8,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of one try.")] = 60.0,
-    tries: Annotated[int, typer.Option(min=1, max=20, help="Of one question.")] = 4,
+    run_dir: str,
+    endpoint: str,
+    model: str,
+    name: str | None,
+    prompt: str | None,
+    key_env: str,
+    concurrency: int,
+    timeout: float,
+    tries: int,
 ) -> None:
-    """Have a model judge the texts of a run; the same line asks what is left."""
+    """See `jobs.commands.judge`."""
     with cli.errors(LockedError):
         form = _prompt(prompt)
         key = os.environ.get(key_env)
@@ -272,7 +271,3 @@ def main(
     if lost:
         say(f"{lost:,} texts got no reply; the same line asks again")
         raise typer.Exit(cli.DEAD_LETTERS)
-
-
-if __name__ == "__main__":
-    app()

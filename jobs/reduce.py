@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from jobs.commands.reduce import Format
+from jobs.commands.reduce import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 
 import polars as pl
-import typer
 
 from cluster.store import Store
 from jobs import cli
-from jobs.output import chains, figures, tables
+from jobs.output import chains, tables
 from jobs.runs import manifests
 from jobs.runs.labels import differing_notes, run_labels
 from jobs.runs.parts import collect, write_table
 from rome.analysis.summary import summarize
-
-app = cli.new_app()
-
-
-class Format(StrEnum):
-    TABLE = "table"
-    MARKDOWN = "markdown"
-    LATEX = "latex"
-    JSON = "json"
 
 
 def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
@@ -78,17 +73,15 @@ def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataF
 def _write_chains(store: Store, manifest: dict[str, Any]) -> None:
     found = chains.read(store)
     if len(found):
+        from jobs.output import figures  # A run without chains is reduced without matplotlib.
+
         write_table(store, "chains.parquet", found)
         title = f"{manifest['name']} · {found['model'][0]}"
         figures.save(store, {"chains": chains.figure(found, chains.ages(store), title)})
 
 
-@app.command()
-def main(
-    run_dirs: Annotated[list[str], typer.Argument(help="Run directories, local or s3://...")],
-    format: Annotated[Format, typer.Option(help="What to print.")] = Format.TABLE,
-) -> None:
-    """Print and write the table of one or more runs, finished or in progress."""
+def main(run_dirs: list[str], format: Format = Format.TABLE) -> None:
+    """See `jobs.commands.reduce`."""
     with cli.errors():
         frame = reduce(run_dirs)
         notes = differing_notes(manifests.of_runs(run_dirs))
@@ -96,7 +89,7 @@ def main(
     if format is Format.TABLE:
         show_chains(run_dirs)
     for note in notes:
-        typer.echo(note, err=True)
+        cli.say(note)
 
 
 def show_chains(run_dirs: Sequence[str]) -> None:
@@ -119,7 +112,3 @@ def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:
             cli.tell(frame.write_json())
     for note in tables.notes(frame):
         cli.say(note)
-
-
-if __name__ == "__main__":
-    app()

@@ -6,13 +6,16 @@ there already cost nothing.
 
 from __future__ import annotations
 
+from jobs.commands.second_moment import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import hashlib
 import json
 from dataclasses import replace
-from typing import Annotated
 from urllib.parse import quote
 
-import typer
 from pydantic import PositiveInt
 
 from cluster.origin import Origin
@@ -182,15 +185,8 @@ def _lease_chunks(settings: RunSettings, corpus: Corpus, parts: Store) -> int:
         ) from None
 
 
-app = cli.new_app()
-
-
-@app.command()
-def main(
-    config: Annotated[str, typer.Argument(help="A file of configs/runs, or your own.")],
-    overrides: cli.Overrides = None,
-) -> None:
-    """Compute the second moments that a run needs; what is there already is not done again."""
+def main(config: str, overrides: list[str] | None = None) -> None:
+    """See `jobs.commands.second_moment`."""
     with cli.errors(*FAILURES):
         run_config = configs.load(config, overrides or [])
         outline = models.outline(run_config.model.source, run_config.model.name)
@@ -200,7 +196,3 @@ def main(
         print(f"{layer}\t{file}")
     if not files:
         say("no editor of this run needs a second moment")
-
-
-if __name__ == "__main__":
-    app()

@@ -5,19 +5,23 @@ From what is in the store alone, on any machine that sees it; the driver is not 
 
 from __future__ import annotations
 
+from jobs.commands.status import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
 
 import polars as pl
-import typer
 
 from cluster import index
 from cluster.lease_log import LOGS
 from cluster.lock import LOCK_NAME
-from cluster.progress import clock
+from cluster.progress import LOG_SECONDS, clock
 from cluster.queue import read_parts
 from cluster.store import Store
 from jobs import cli
@@ -31,8 +35,6 @@ SILENT = 30.0
 """A driver that has not written its lock for so many seconds is probably dead."""
 SHOWN = 5
 """Cases by name of each reason."""
-
-app = cli.new_app()
 
 
 @dataclass(frozen=True)
@@ -174,22 +176,17 @@ def show_failed(store: Store, dead: dict[str, list[tuple[str, int]]]) -> None:
         cli.tell(f"\n{logs.uri}/{name}:\n{logs.read_bytes(name).decode(errors='replace')}")
 
 
-@app.command()
-def main(
-    run_dir: Annotated[str, typer.Argument(help="A run directory, local or s3://...")],
-    failed: Annotated[
-        bool, typer.Option("--failed", help="Show what failed, with the tracebacks.")
-    ] = False,
-) -> None:
-    """Say what is done and left of a run, how fast, by whom, and what failed why."""
+def main(run_dir: str, watch: bool = False, failed: bool = False) -> None:
+    """See `jobs.commands.status`."""
     with cli.errors():
         store = Store(run_dir)
         found = status(store)
         if failed:
             show_failed(store, found.dead)
-        else:
+            return
+        show(found)
+        while watch and found.left:
+            time.sleep(LOG_SECONDS)
+            found = status(store)
+            cli.tell("")
             show(found)
-
-
-if __name__ == "__main__":
-    app()

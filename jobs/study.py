@@ -7,16 +7,21 @@ send back the file that the page saves. DIR/key.json says whose texts they were.
 
 from __future__ import annotations
 
+from jobs.commands.study import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -24,6 +29,7 @@ from jobs import cli
 from jobs.cli import say
 from jobs.compare import read
 from jobs.output.pages import packed, render
+from jobs.runs.labels import UNEDITED
 from rome import options
 from rome.analysis.raters import verdict
 from rome.data.results import OK
@@ -38,6 +44,7 @@ SAME = "same"
 KEY = "key.json"
 _SIDES = ("1", "2")
 _CHECK_WORDS = 40
+_PAIR_SECONDS = 45  # To read two texts and answer.
 
 
 def make(
@@ -74,14 +81,20 @@ def make(
     page = {"study": study, "items": [shown for shown, _ in items]}
     key = {"study": study, "a": a, "b": b, "seed": seed, "items": [key for _, key in items]}
     data = json.dumps(page, ensure_ascii=False).encode()
-    return render("study", questions=QUESTIONS, items=packed(data)), key
+    count = len(page["items"])
+    minutes = max(1, round(count * _PAIR_SECONDS / 60))
+    html = render("study", questions=QUESTIONS, count=count, minutes=minutes, items=packed(data))
+    return html, key
 
 
 def _editors(rows: pl.DataFrame, a: str | None, b: str | None) -> tuple[str, str]:
     labels = rows["label"].unique(maintain_order=True).to_list()
+    a, b = (UNEDITED if name == "none" else name for name in (a, b))
     edited = rows.filter(pl.col("editor") != "none")["label"].unique(maintain_order=True).to_list()
-    if a is None and b is None and len(edited) == 2:
-        a, b = edited
+    if a is None and b is None and len(edited) in (1, 2):
+        a, b = edited if len(edited) == 2 else (edited[0], UNEDITED)
+    elif a is not None and b is None:
+        b = UNEDITED
     if a is None or b is None or a == b or not {a, b} <= set(labels):
         raise ValueError(
             f"a study compares two editors that have texts; choose --a and --b among "
@@ -95,7 +108,7 @@ Item = tuple[dict[str, Any], dict[str, Any]]
 
 def _item(row: dict[str, Any], draw: random.Random) -> Item:
     place = draw.randrange(min(len(row["texts"]), len(row["other"])))
-    texts = {"a": row["texts"][place], "b": row["other"][place]}
+    texts = {"a": _plain(row["texts"][place]), "b": _plain(row["other"][place])}
     sides = draw.sample(["a", "b"], 2)
     key = {"case_id": row["case_id"], "sides": sides}
     return {"fact": _fact(row), "texts": [texts[side] for side in sides]}, key
@@ -114,6 +127,11 @@ def _check(row: dict[str, Any], other: dict[str, Any], draw: random.Random) -> I
     right = draw.choice(_SIDES)
     texts = [fact + ".", " ".join(words)] if right == "1" else [" ".join(words), fact + "."]
     return {"fact": fact, "texts": texts}, {"case_id": row["case_id"], "check": right}
+
+
+def _plain(text: str) -> str:
+    """A text without the tokens of a chat, which would tell models apart."""
+    return re.sub(r"<\|[^|<>]*\|>", "", text).strip()
 
 
 def _fact(row: dict[str, Any]) -> str:
@@ -185,20 +203,16 @@ def _choice(side: str, sides: Sequence[str]) -> int:
     return 2 if side == SAME else "ab".index(sides[int(side) - 1])
 
 
-app = cli.new_app(no_args_is_help=True)
-
-
-@app.command("make")
 def make_command(
-    run_dirs: Annotated[list[str], typer.Argument(help="One or two run directories.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
-    a: Annotated[str | None, typer.Option(help="An editor [one of the only two].")] = None,
-    b: Annotated[str | None, typer.Option(help="The other editor.")] = None,
-    records: Annotated[int, typer.Option(min=1, help="Records to rate.")] = 50,
-    checks: Annotated[int, typer.Option(min=0, help="Attention checks among them.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of records, texts, sides and order.")] = 0,
+    run_dirs: list[str],
+    out: Path,
+    a: str | None = None,
+    b: str | None = None,
+    records: int = 50,
+    checks: int = 4,
+    seed: int = 0,
 ) -> None:
-    """Write the rating page, DIR/pages/index.html, and its key, DIR/key.json."""
+    """See `jobs.commands.study`."""
     with cli.errors():
         if (out / KEY).exists():
             raise ValueError(f"{out} holds a study, whose key answers may need; choose another")
@@ -209,12 +223,8 @@ def make_command(
     say(f"for raters: {out / 'pages' / 'index.html'}; not for raters: {out / KEY}")
 
 
-@app.command("tally")
-def tally_command(
-    study: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")],
-    files: Annotated[list[Path], typer.Argument(help="The files that raters sent back.")],
-) -> None:
-    """Print the preference ratios with intervals and agreement."""
+def tally_command(study: Path, files: list[Path]) -> None:
+    """See `jobs.commands.study`."""
     with cli.errors():
         key = _key(study / KEY)
         result = tally(key, [_read(file) for file in files])
@@ -280,7 +290,3 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    app()

@@ -6,9 +6,14 @@ which the row `rome` stands once for each of them, with one table and curves at 
 
 from __future__ import annotations
 
+from jobs.commands.sweep import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, get_args
+from typing import get_args
 
 import polars as pl
 import typer
@@ -22,14 +27,13 @@ from jobs.output import figures
 from jobs.reduce import reduce
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import write_table
+from jobs.runs.parts import SWEEP, write_table
 from rome import models
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
 from rome.paths import inside, workspace
 
-SWEEP = "sweep.parquet"
 _ROME = "rome"
 # Curves of ES, PS, NS and S need probabilities alone.
 _SCORING = ScoringSettings(None, strict=False, neighborhood_plus=False, reversed=False)
@@ -102,25 +106,21 @@ def _numbers(layers: str) -> list[int]:
     return [int(layer) for layer in found]
 
 
-app = cli.new_app()
-
-
-@app.command()
 def main(
-    config: Annotated[str, typer.Argument(help="A run with the editor rome.")],
-    out: Annotated[
-        str | None, typer.Option(help="Run directory or URI [workspace/runs/NAME-sweep].")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="Layers, separated by commas [all].")] = "",
-    positions: Annotated[str, typer.Option(help="Positions, separated by commas.")] = ",".join(
-        get_args(Position)
-    ),
-    overrides: cli.Overrides = None,
+    config: str,
+    out: str | None = None,
+    layers: str = "",
+    positions: str = "",
+    overrides: list[str] | None = None,
 ) -> None:
-    """Edit at every layer and token, and draw the scores; the same line resumes."""
+    """See `jobs.commands.sweep`."""
     with cli.errors(*FAILURES):
         chosen = _numbers(layers)
-        run_config = expanded(configs.load(config, overrides or []), chosen, positions.split(","))
+        run_config = expanded(
+            configs.load(config, overrides or []),
+            chosen,
+            positions.split(",") if positions else get_args(Position),
+        )
         out = out or str(inside(workspace() / "runs", run_config.name))
         status = evaluate(run_config, out)
         frame = table(out, run_config)
@@ -130,7 +130,3 @@ def main(
             where = best.row(-1, named=True)
             say(f"best S: {where['S']:.1f} at layer {where['layer']}, {where['position']}")
     raise typer.Exit(status)
-
-
-if __name__ == "__main__":
-    app()

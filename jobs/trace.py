@@ -6,11 +6,16 @@ heat maps. Run the same line again to resume; a run in progress is drawn as far 
 
 from __future__ import annotations
 
+from jobs.commands.trace import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
 import polars as pl
 import typer
@@ -22,8 +27,8 @@ from jobs import cli
 from jobs.cli import say
 from jobs.inputs import sources
 from jobs.output import figures
-from jobs.runs import config as configs
 from jobs.runs import manifests
+from jobs.runs.config_files import filled
 from jobs.runs.manifests import MANIFEST
 from jobs.runs.parts import collect, hive_path, write_table
 from jobs.tasks.loading import load_model
@@ -165,32 +170,18 @@ def draw_fact(out: str, known_id: int) -> None:
     figures.save(store, {f"trace-fact-{known_id}": figures.trace_fact(frame, window)})
 
 
-app = cli.new_app()
-
-
-@app.command()
 def main(
-    config: Annotated[str, typer.Argument(help="A file of configs/traces, or your own.")],
-    out: Annotated[
-        str | None, typer.Option(help="Run directory or URI [workspace/traces/NAME].")
-    ] = None,
-    fact: Annotated[
-        list[int] | None, typer.Option(help="Draw this fact's heat maps, too (known_id).")
-    ] = None,
-    overrides: cli.Overrides = None,
+    config: str,
+    out: str | None = None,
+    fact: list[int] | None = None,
+    overrides: list[str] | None = None,
 ) -> None:
-    """Trace known facts and draw where they are recalled; the same line resumes."""
+    """See `jobs.commands.trace`."""
     with cli.errors(*FAILURES):
-        chosen = options.validate(
-            TraceConfig, configs.filled(config, overrides or []), f"{config}: "
-        )
+        chosen = options.validate(TraceConfig, filled(config, overrides or []), f"{config}: ")
         out = out or str(inside(workspace() / "traces", chosen.name))
         status = run_traces(chosen, out)
         reduce(out)
         for known_id in fact or []:
             draw_fact(out, known_id)
     raise typer.Exit(status)
-
-
-if __name__ == "__main__":
-    app()

@@ -5,12 +5,17 @@ Train KE or MEND on Ray, and draw what it learnt. Run the same line again to res
 
 from __future__ import annotations
 
+from jobs.commands.train import app as app
+
+if __name__ == "__main__":
+    app()  # It comes back for what follows as a module.
+
 import json
 import math
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -23,9 +28,9 @@ from jobs.cli import say
 from jobs.inputs import corpus as corpora
 from jobs.inputs.record_stores import record_store
 from jobs.output import figures
-from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import differences, manifests
 from jobs.runs.config import CorpusConfig
+from jobs.runs.config_files import filled
 from jobs.runs.manifests import MANIFEST
 from jobs.tasks.training import TrainConfig, best, finished, folder, read_curve, train
 from rome import options
@@ -35,7 +40,7 @@ from rome.paths import inside
 
 def load(path: str, overrides: list[str]) -> TrainConfig:
     """A training's config from its file and `key=value` overrides. Raises ConfigError."""
-    data = configs.filled(path, overrides)
+    data = filled(path, overrides)
     config: TrainConfig = options.validate(TrainConfig, data, f"{path}: ")
     _ = config.network_settings
     if (config.data.benchmark is None) == (config.data.corpus is None):
@@ -84,7 +89,7 @@ def _claim(config: TrainConfig, store: Store, records: Store | None) -> None:
     now = json.loads(json.dumps(plain))
     if store.exists(MANIFEST):
         there = manifests.read(store, now, "Restore it, or choose another --out.", kinds={})
-        configs.refuse_another(store.uri, there, now, "training")
+        differences.refuse_another(store.uri, there, now, "training")
     else:
         manifests.write(store, now)
 
@@ -119,23 +124,9 @@ def _figures(row: dict[str, Any]) -> str:
     )
 
 
-app = cli.new_app()
-
-
-@app.command()
-def main(
-    config: Annotated[str, typer.Argument(help="A file of configs/train, or your own.")],
-    out: Annotated[
-        str | None, typer.Option(help="Folder or URI [workspace/hypernetworks/NAME].")
-    ] = None,
-    overrides: cli.Overrides = None,
-) -> None:
-    """Train an editor; the same line resumes."""
+def main(config: str, out: str | None = None, overrides: list[str] | None = None) -> None:
+    """See `jobs.commands.train`."""
     with cli.errors(*FAILURES):
         train_config = load(config, overrides or [])
         status = run(train_config, out or str(inside(folder(), train_config.name)))
     raise typer.Exit(status)
-
-
-if __name__ == "__main__":
-    app()

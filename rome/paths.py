@@ -26,6 +26,12 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def own_file(path: Path) -> Path:
+    """`configs/...` is the project's own file wherever a command runs, unless there is one."""
+    own = CONFIGS.parent / path
+    return own if path.parts[:1] == ("configs",) and own.exists() and not path.exists() else path
+
+
 def workspace() -> Path:
     """The default folder of stores and runs: $ROME_WORKSPACE, else ~/rome-workspace.
 

@@ -18,7 +18,7 @@ import ray
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
-from cluster.progress import Rate
+from cluster.progress import Progress, Rate
 from cluster.queue import Lease
 from cluster.run import RunError, RunSettings, number_of_workers, once, run, stream
 from cluster.store import Store
@@ -388,3 +388,19 @@ def test_on_a_cluster_a_command_says_what_node_it_waits_for(tmp_path: Path) -> N
     assert done.stdout.splitlines()[-1:] == ["[7]"], done.stderr
     assert "waiting for a node to join: a worker takes workers.num_cpus=1" in done.stderr
     assert "the most are 1 CPUs and 0 GPUs" in done.stderr
+
+
+def test_the_time_left_is_of_what_each_editor_takes() -> None:
+    """Ten quick rows of one editor are done, ten slow ones of another are not."""
+    progress = Progress(20, 0, left={"b=x/editor=none": 10, "b=x/editor=rome%20a": 10})
+    progress.update(0, 0, 0, 2)
+    assert "2 workers load the model" in progress.line()
+    progress.update(0, 0, 2, 2)
+    assert "first records" in progress.line()
+    assert progress.seconds_left(time.monotonic()) is None
+    for _ in range(10):
+        progress.finished("b=x/editor=none", 1, 0.5)
+    progress.finished("b=x/editor=rome%20a", 1, 30.0)
+    progress.update(11, 0, 2, 2)
+    assert progress.seconds_left(time.monotonic()) == pytest.approx(9 * 30 / 2)
+    assert "0:02:15 left" in progress.line()

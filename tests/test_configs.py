@@ -14,7 +14,7 @@ from cluster.lock import LockedError, RunLock
 from cluster.store import Store
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import differences, manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from rome.editors import EDITORS
@@ -325,8 +325,8 @@ def test_a_model_may_be_a_file_or_stand_in_the_run(write: Any, tmp_path: Path) -
 def test_difference_names_each_key_that_differs(run_file: Path) -> None:
     old = configs.plain(configs.load(run_file))
     new = configs.plain(configs.load(run_file, ["editors.rome.layer=9", "workers.workers=7"]))
-    assert configs.difference(old, old) == []
-    assert configs.difference(old, new) == ["editors.rome.layer: None there, 9 now"]
+    assert differences.difference(old, old) == []
+    assert differences.difference(old, new) == ["editors.rome.layer: None there, 9 now"]
 
 
 @pytest.mark.parametrize(

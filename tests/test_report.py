@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import html
 import json
 import re
 from functools import partial
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
+from jobs.output import report_data
+from jobs.reduce import reduce
 from jobs.report import app
 from rome.analysis import failures
 from rome.data.results import ERROR, OK
@@ -42,6 +45,9 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = invoke(run, trace, "--out", out)
     assert result.exit_code == 0, result.stderr
     return out
+
+
+LABELS = ["unedited" if editor == "none" else editor for editor in EDITORS]
 
 
 def embedded(page: str, name: str) -> Any:
@@ -94,8 +100,9 @@ def test_every_failure_by_its_definition() -> None:
 def test_the_page_holds_every_record(page_file: Path) -> None:
     page = page_file.read_text()
     index = embedded(page, "index")
-    assert index["case_id"] == list(range(60))
-    assert [editor["label"] for editor in index["editors"]] == [*EDITORS]
+    assert index["case_id"] == index["details"] == list(range(60))
+    assert [editor["label"] for editor in index["editors"]] == LABELS
+    assert index["shown"] == ["unedited", "rome", "ft<b>"]  # The unedited, the best, the second.
     assert index["editors"][2]["failures"][5] == 1
     record = embedded(page, "chunk-0")[3]
     assert record["paraphrase_prompts"] == ["Where is 3?", "It stands in"]
@@ -117,13 +124,88 @@ def test_nothing_that_a_model_wrote_is_markup(page_file: Path) -> None:
     assert "{{ 7*7 }}" in page
 
 
-def test_the_table_is_the_summary(page_file: Path) -> None:
-    summary = pl.read_parquet(page_file.parent / "demo" / "summary.parquet")
+def test_the_first_screen_says_who_is_best_and_what_holds(page_file: Path) -> None:
+    frame = reduce([str(page_file.parent / "demo")], write=False)
     page = page_file.read_text()
-    rome = summary.row(by_predicate=pl.col("editor") == "rome", named=True)
-    assert f"<td>{rome['PS']:.1f}" in page
-    assert f"{rome['PS_low']:.1f} to {rome['PS_high']:.1f}" in page
+    assert not (page_file.parent / "demo" / "summary.parquet").exists()  # A report writes nothing.
+    first, second = frame.filter(pl.col("editor") != "none").sort("S", descending=True).to_dicts()
+    markup = page[page.index('class="verdict">') + 16 :].partition("</div>")[0]
+    verdict = html.unescape(re.sub(r"<[^>]*>", "", markup))
+    assert (
+        f"{first['editor']} has the best S, {first['S']:.1f} (95 % {first['S_low']:.1f} to"
+        in verdict
+    )
+    assert f"next is {second['editor']} with {second['S']:.1f}" in verdict
+    assert "after Holm" in verdict
+    assert f"It writes {first['ES']:.1f} % of facts (ES)" in verdict
+    assert f"{first['GE'] / 100:.2f}" in page
+    assert f"{first['PS_low']:.1f} to {first['PS_high']:.1f}" in page
     assert "demo, rome: dead letters: 1, not in the means." in page
+    assert "180 of 180 rows, 1 dead" in page
+
+
+def test_a_card_of_counterfact_has_no_score_of_zsre(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    for part in run.rglob("part-*.parquet"):
+        table = pl.read_parquet(part).with_columns(
+            pl.lit([0.0], pl.List(pl.Float64)).alias("rewrite_accuracy")
+        )
+        table.write_parquet(part)
+    assert invoke(run, "--out", tmp_path / "r.html").exit_code == 0
+    assert embedded((tmp_path / "r.html").read_text(), "index")["scores"] == ["ES", "PS", "NS"]
+
+
+def test_a_run_that_was_moved_from_its_records_says_so_and_takes_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    (tmp_path / "records").rename(tmp_path / "elsewhere")
+    out = tmp_path / "report.html"
+    result = invoke(run, "--out", out)
+    assert result.exit_code == 0
+    for said in (" ".join(result.stderr.split()), " ".join(out.read_text().split())):
+        assert "records has no records any more: only the edited prompt of each record" in said
+    assert embedded(out.read_text(), "chunk-0")[3]["paraphrase_prompts"] is None
+    result = invoke(run, "--out", out, "--records", tmp_path / "elsewhere")
+    assert "any more" not in result.stderr
+    assert embedded(out.read_text(), "chunk-0")[3]["paraphrase_prompts"][0] == "Where is 3?"
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["benchmark"] = {"name": "b", "fingerprint": "of others"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "elsewhere" / "manifest.json").write_text('{"fingerprint": "f"}')
+    result = invoke(run, "--out", out, "--records", tmp_path / "elsewhere")
+    assert result.exit_code == 1
+    assert "has other records than the run had" in result.stderr
+
+
+def test_of_a_large_run_the_page_has_the_details_of_some_records(tmp_path: Path) -> None:
+    run, out = make_run(tmp_path / "demo"), tmp_path / "report.html"
+    result = invoke(run, "--out", out, "--records", "sample:7")
+    page = out.read_text()
+    index = embedded(page, "index")
+    assert len(index["case_id"]) == 60
+    assert sorted(index["details"])[-8:] == [-1, *range(7)]
+    assert len(embedded(page, "chunk-0")) == 7
+    for said in (page, " ".join(result.stderr.split())):
+        assert "in this page of 7 of 60 records, drawn at random; scores are of all" in said
+    invoke(run, "--out", out, "--records", "failures")
+    index = embedded(out.read_text(), "index")
+    flags = np.array([editor["failures"] for editor in index["editors"]]).max(axis=0)
+    assert [place >= 0 for place in index["details"]] == (flags > 0).tolist()
+    assert invoke(run, "--out", out, "--records", "sample:x").exit_code == 1
+    rows = pl.DataFrame({"case_id": range(30_000), "label": ["a"] * 30_000})
+    large = report_data.chosen(rows, "")
+    assert len(large.cases) == report_data.MOST
+    assert "22,000 of 30,000" in large.note
+
+
+def test_every_chart_has_a_name_and_its_numbers_in_a_table(page_file: Path) -> None:
+    page = page_file.read_text()
+    for name in ("differences", "relations", "spreads", "health"):
+        spec = embedded(page, f"spec-{name}")
+        figure = page[page.index(f'id="chart-{name}"') :].partition("</figure>")[0]
+        assert spec["description"].split(".")[0] in figure.partition(">")[0]
+        assert figure.count("<tr>") == 1 + len(spec["data"]["values"]) > 1
+    pairs = [row["pair"] for row in embedded(page, "spec-differences")["data"]["values"]]
+    assert list(dict.fromkeys(pairs)) == ["rome − unedited", "ft<b> − unedited", "rome − ft<b>"]
 
 
 def test_only_traces_or_no_run_are_refused(page_file: Path, tmp_path: Path) -> None:
@@ -138,6 +220,49 @@ def count(page: Page) -> str:
     return page.locator("#count").inner_text()
 
 
+def board(page: Page) -> list[str]:
+    return page.locator("#board tbody th").all_inner_texts()
+
+
+def test_the_leaderboard_sorts_and_counts_open_their_records(
+    page_file: Path, browser: Browser
+) -> None:
+    with opened(browser, page_file) as page:
+        page.wait_for_selector(".record")
+        assert board(page) == ["rome", "ft<b>", "unedited"]
+        assert page.locator("#board tbody b").first.is_visible()
+        heading = page.locator("#board th", has_text="NS")
+        heading.locator("button").click()
+        assert board(page)[0] == "unedited"
+        assert heading.get_attribute("aria-sort") == "descending"
+        heading.locator("button").press("Enter")
+        assert board(page)[-1] == "unedited"
+        link = page.locator("#board tbody tr", has_text="rome").locator("a").last
+        number = link.inner_text()
+        link.click()
+        assert count(page) == f"{number} of 60 records"
+        assert page.locator("select[name=editor]").input_value() == "rome"
+
+
+def test_what_is_copied_is_the_table(page_file: Path, browser: Browser) -> None:
+    with opened(browser, page_file, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.wait_for_selector(".record")
+        for kind, begins in (("Markdown", "**demo"), ("CSV", "run,"), ("LaTeX", "% demo")):
+            page.locator(".copy", has_text=kind).click()
+            expect(page.locator("#copied")).to_have_text("copied")
+            assert page.evaluate("navigator.clipboard.readText()").startswith(begins)
+
+
+def test_charts_are_drawn_without_a_right_to_make_code(page_file: Path, browser: Browser) -> None:
+    with opened(browser, page_file) as page:
+        page.wait_for_selector("body[data-drawn]")
+        assert page.locator(".drawing svg").count() == 4
+        cell = page.locator("#chart-relations .mark-rect path").first
+        cell.click()
+        expect(page).to_have_url(re.compile(r"#records\?relation=P"))
+        assert count(page) != "60 of 60 records"
+
+
 def test_the_browser_filters(page_file: Path, browser: Browser) -> None:
     index = embedded(page_file.read_text(), "index")
     flags = np.array([editor["failures"] for editor in index["editors"]])
@@ -145,9 +270,9 @@ def test_the_browser_filters(page_file: Path, browser: Browser) -> None:
         page.wait_for_selector(".record")
         assert count(page) == "60 of 60 records"
         assert page.locator(".record").count() == 20
-        page.locator("#next").click()
+        page.locator(".next").first.click()
         assert "case 20" in page.locator(".record").first.inner_text()
-        assert page.locator("#where").inner_text() == "page 2 of 3"
+        assert page.locator(".where").first.inner_text() == "page 2 of 3"
         for bit, name in enumerate(index["failures"]):
             page.locator("select[name=failure]").select_option(name)
             expected = int(((flags >> bit) & 1).any(axis=0).sum())
@@ -161,12 +286,51 @@ def test_the_browser_filters(page_file: Path, browser: Browser) -> None:
         assert count(page) == f"{(bleeding % 7 == 2).sum()} of 60 records"
         for name in ("failure", "editor", "relation"):
             page.locator(f"select[name={name}]").select_option("")
-        page.locator("input[name=words]").fill("tower 17")
-        assert count(page) == "1 of 60 records"
-        page.locator("input[name=words]").fill("")
+        words = page.locator("input[name=words]")
+        for sought, expected in (("17 tower", 1), ("case:1", 1), ("paris located", 60), ("x y", 0)):
+            words.fill(sought)
+            assert count(page) == f"{expected} of 60 records", sought
+        words.fill("")
         page.locator("input[name=differ]").check()
         differing = (flags[1] != flags[2]).sum()
         assert count(page) == f"{differing} of 60 records"
+
+
+def test_sorting_editors_and_the_address(page_file: Path, browser: Browser) -> None:
+    index = embedded(page_file.read_text(), "index")
+    with opened(browser, page_file) as page:
+        page.wait_for_selector(".record")
+        page.locator("#editors label", has_text="ft<b>").locator("input").uncheck()
+        assert page.locator(".record").nth(1).locator(".chips b").all_inner_texts() == [
+            "unedited", "rome",
+        ]  # fmt: skip
+        page.locator("select[name=sort]").select_option("change NS")
+        before, rome = index["editors"][0]["NS"], index["editors"][2]["NS"]
+        change = {i: rome[i] - before[i] for i in range(60) if rome[i] is not None}
+        worst = min(change, key=lambda i: (change[i], i))
+        assert f"case {worst} " in page.locator(".record").first.inner_text()
+        address = page.evaluate("location.href")
+        again = page.context.new_page()
+        again.goto(address)
+        again.wait_for_selector(".record")
+        assert again.locator("#list").inner_text() == page.locator("#list").inner_text()
+        assert again.locator("select[name=sort]").input_value() == "change NS"
+
+
+def test_the_keyboard_does_all(page_file: Path, browser: Browser) -> None:
+    with opened(browser, page_file) as page:
+        page.wait_for_selector(".record")
+        page.keyboard.press("/")
+        page.keyboard.type("case:7")
+        assert count(page) == "1 of 60 records"
+        page.locator("input[name=words]").fill("")
+        page.locator("input[name=words]").blur()
+        for key in "jjjk":
+            page.keyboard.press(key)
+        page.keyboard.press("Enter")
+        card = page.locator(".record").nth(1)
+        card.locator("table").wait_for()
+        assert card.get_attribute("open") is not None
 
 
 def test_a_record_shows_before_and_after_and_stays_text(page_file: Path, browser: Browser) -> None:
@@ -181,14 +345,32 @@ def test_a_record_shows_before_and_after_and_stays_text(page_file: Path, browser
         assert f"WILD “wild {HOSTILE}”" in shown
         assert f"probe {HOSTILE}" in shown
         assert "hop, any: x / Rome" in shown
-        assert card.locator("th").all_inner_texts()[1:4] == [*EDITORS]
+        for table in card.locator("table").all():
+            assert table.locator("th").all_inner_texts()[1:] == LABELS
         assert card.locator(".texts").count() == 2
         assert card.locator(".texts").first.locator("div").count() == 3
+        record = embedded(page_file.read_text(), "chunk-0")[3]
+        new, true = (np.array(record["2"][f"rewrite_nll_{t}"]) for t in ("new", "true"))
+        was_new, was_true = (np.array(record["0"][f"rewrite_nll_{t}"]) for t in ("new", "true"))
+        flipped = bool(((new > true) != (was_new > was_true))[0])
+        cell = card.locator("tbody tr").first.locator("td").nth(3)
+        assert ("flipped" in (cell.get_attribute("class") or "")) == flipped
         dead = page.locator(".record").nth(5)
         dead.locator("summary").click()
         dead.locator("table").wait_for()
         assert f"rome: {HOSTILE}" in dead.inner_text()
         assert page.evaluate("window.hacked") is None
+
+
+def test_print_shows_the_tables_and_no_controls(page_file: Path, browser: Browser) -> None:
+    with opened(browser, page_file) as page:
+        page.wait_for_selector("body[data-drawn]")
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("#board").is_visible()
+        assert page.locator("#all table").first.is_visible()
+        for hidden in ("nav", "#browser", ".copy"):
+            assert not page.locator(hidden).first.is_visible()
 
 
 @pytest.mark.parametrize("width", [LAPTOP, PHONE])
@@ -201,6 +383,7 @@ def test_it_fits_the_screen_in_light_and_dark(
             page.wait_for_selector(".record")
             page.locator(".record summary").first.click()
             page.locator(".record table").wait_for()
+            page.wait_for_selector("body[data-drawn]")
             assert not overflows(page)
             ink, paper = page.evaluate(
                 "[getComputedStyle(document.querySelector('figure svg text')).fill,"
@@ -241,8 +424,9 @@ def test_one_editor_of_zsre(tmp_path: Path) -> None:
     result = invoke(run, "--out", tmp_path / "report.html")
     assert result.exit_code == 0, result.stderr
     page = (tmp_path / "report.html").read_text()
-    assert "<th>efficacy</th><th>paraphrase</th><th>specificity</th>" in page
-    assert "There is one editor alone." in page
+    assert re.search("efficacy<small>.*paraphrase<small>.*specificity<small>", page)
+    assert "Where editors differ" not in page
+    assert "rome</b> has efficacy 100.0" in page
     assert "zsre, rome: in progress, 8 of 9 records." in page
     assert "neither bleeding nor broken text can be told" in page
     index = embedded(page, "index")

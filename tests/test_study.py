@@ -182,7 +182,7 @@ def test_answers_that_do_not_count_are_refused(study: Path, tmp_path: Path) -> N
 def test_a_study_that_cannot_be_made_is_refused(run_dir: Path, study: Path) -> None:
     for arguments, message in (
         (["--records", 31], "fewer than the 31"),
-        (["--a", "rome"], "choose --a and --b among"),
+        (["--a", "nobody"], "choose --a and --b among"),
         (["--out", study], "holds a study"),
     ):
         out = [] if "--out" in arguments else ["--out", run_dir.parent / "never"]
@@ -203,3 +203,23 @@ def test_what_a_model_wrote_stays_text(run_dir: Path, browser: Browser, tmp_path
         assert page.locator("#text-1").inner_text() == HOSTILE
         assert HOSTILE in page.locator("#fact").inner_text()
         assert page.evaluate("window.hacked") is None
+
+
+def test_the_unedited_model_is_the_opponent_and_keys_answer(
+    run_dir: Path, browser: Browser, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    assert invoke("make", run_dir, "--out", out, "--a", "rome", "--records", 3).exit_code == 0
+    key = json.loads((out / "key.json").read_text())
+    assert (key["a"], key["b"]) == ("rome", "unedited")
+    with opened(browser, out / "pages" / "index.html") as page:
+        assert "There are 7 pairs, about 5 minutes." in page.locator("#welcome").inner_text()
+        page.locator("input[name=rater]").fill("A")
+        page.keyboard.press("Enter")
+        for pressed in ("1", "3", "Enter", "2"):
+            page.keyboard.press(pressed)
+        assert page.locator("#progress").inner_text() == "2 of 7"
+        page.reload()  # Each answer was kept as it was given.
+        assert page.locator("input[name=consistent][value='2']").is_checked()
+        page.locator("#back").click()
+        assert page.locator("input[name=fluent][value=same]").is_checked()

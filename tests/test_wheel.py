@@ -96,7 +96,10 @@ class Installed:
 
 def modules_of(extra: str) -> list[str]:
     names = [re.split(r"[\[<>=]", requirement)[0] for requirement in EXTRAS[extra]]
-    return [{"scikit-learn": "sklearn"}.get(name, name) for name in names]
+    return [
+        {"scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}.get(name, name)
+        for name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +192,11 @@ def test_an_extra_holds_what_its_commands_need(installed: Installed) -> None:
 
 
 def test_a_command_that_lacks_a_package_names_the_way_out(installed: Installed) -> None:
+    run = installed.workspace / "begun"
+    run.mkdir()
+    (run / "manifest.json").write_text("{}")
     code = "from jobs.__main__ import app; sys.stderr = sys.stdout\n"
-    code += "try: app(['compare', 'run'])\nexcept SystemExit as end: assert end.code == 1"
+    code += f"try: app(['compare', {str(run)!r}])\nexcept SystemExit as end: assert end.code == 1"
     said = installed.without(["report"], code)
     assert "error: compare needs 'scipy'; pip install 'rome-bench[all]' brings it" in said
 

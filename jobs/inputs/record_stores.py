@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from rich.progress import track
@@ -20,7 +20,7 @@ from cluster.store import Store
 from cluster.words import redacted
 from jobs import cli
 from jobs.cli import say
-from jobs.inputs import sources
+from jobs.inputs import SHARD_ROWS, Separator, sources
 from jobs.inputs.sources import benchmarks
 from jobs.runs import manifests
 from jobs.runs.config import SliceConfig
@@ -34,9 +34,6 @@ from rome.paths import workspace
 from rome.scoring.text_metrics import fit_tfidf
 
 SCHEMA_VERSION = 4
-SHARD_ROWS = 512
-Separator = Literal["space", "none", "script"]
-"""`script`: nothing after a prompt in a script that writes words without spaces, else a space."""
 _LISTED = 20
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -16,6 +14,10 @@ from jobs.runs.parts import BATCHES, PARTS, collect, hive_values
 from rome.analysis import chains
 from rome.analysis.metrics import SUCCESSES
 from rome.data.results import OK
+
+if TYPE_CHECKING:  # `reduce` makes its table where no figure can be drawn.
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SCORES = ("S", *SUCCESSES, "GE", "RS")
 _DRIFT = ("perplexity", "perplexity_unedited", "agreement", "norm", "norm_change")
@@ -100,6 +102,8 @@ def figure(frame: pl.DataFrame, ages: pl.DataFrame, title: str) -> Figure:
     aged = [name for name in SUCCESSES if name in names]
     rows = [names, drift, aged] if drift else [names, aged]
     columns = max(map(len, rows))
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=(2.6 * columns, 2.3 * len(rows)), layout="constrained")
     panels = drawn.subplots(len(rows), columns, squeeze=False)
     for axes in panels.flat:
@@ -138,6 +142,8 @@ def _aged(axes: Axes, ages: pl.DataFrame, name: str) -> None:
 
 
 def _coloured(frame: pl.DataFrame) -> Sequence[tuple[str, tuple[str, pl.DataFrame]]]:
+    import matplotlib as mpl
+
     colours = mpl.color_sequences["tab10"]
     chains_of = frame["chain"].unique(maintain_order=True).to_list()
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -18,15 +19,23 @@ _TEMPLATES = Environment(
 )
 
 
-def render(name: str, **values: Any) -> str:
-    """`templates/NAME.html` with `pages.js` and `NAME.js` as its one script.
+def render(
+    name: str, parts: Sequence[str] = (), libraries: Sequence[str] = (), **values: Any
+) -> str:
+    """`templates/NAME.html` with `pages.js`, the `parts` and `NAME.js` as its one script, after
+    scripts of libraries.
 
     All values are escaped. The page's policy lets nothing be fetched and no other script run.
     """
-    script = "".join(_TEMPLATES.get_template(f"{part}.js").render() for part in ("pages", name))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = _TEMPLATES.get_template(f"{name}.html")
-    return template.render(script=script, script_hash=digest, **values)
+    names = ("pages", *parts, name)
+    own = "".join(_TEMPLATES.get_template(f"{part}.js").render() for part in names)
+    scripts = [*libraries, own]
+    policy = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    return _TEMPLATES.get_template(f"{name}.html").render(scripts=scripts, policy=policy, **values)
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def packed(data: bytes) -> str:

@@ -172,11 +172,18 @@ def _blocks(frame: pl.DataFrame) -> list[_Block]:
 def _with_published(metrics: Sequence[str], rows: Sequence[Row]) -> Iterator[Row]:
     for row in rows:
         yield row
-        there = _published().get(row["benchmark"], {}).get(row["model"], {}).get(row["editor"], {})
+        there = published(row)
         if not there.keys().isdisjoint(metrics):
             others = [*metrics, *(f"{name}_half_width" for name in metrics), *_COUNTS]
             label = {"editor": f"{_label(row)}, published"}
             yield row | dict.fromkeys(others) | there | label
+
+
+def published(row: Row) -> dict[str, float]:
+    """Metric -> the paper's value x 100, of a row of a summary; empty where it has none."""
+    of_model = _published().get(row["benchmark"], {}).get(row["model"], {})
+    found: dict[str, float] = of_model.get(row["editor"], {})
+    return found
 
 
 @cache

@@ -7,24 +7,21 @@ model's file, then from the run's.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields
 from math import lcm
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from cluster.settings import RunSettings
-from cluster.words import has_credentials
+from jobs.runs.config_files import filled, filled_each
 from rome import options
 from rome.editors import EDITORS
 from rome.edits.sequences import Grouping
 from rome.evaluation import PromptTemplate, ScoringSettings
 from rome.options import ConfigError
-from rome.paths import CONFIGS
 from rome.settings import configurable, within
 
 _GROUPING = [f.name for f in fields(Grouping)]
@@ -191,7 +188,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 
 def load_each(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[RunConfig]:
     """The same for each of the models that a file names; overrides are for all of them."""
-    chosen = [_checked(path, data) for data in _filled_each(path, overrides)]
+    chosen = [_checked(path, data) for data in filled_each(path, overrides)]
     names = [config.model.name for config in chosen]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: model must name each model once, got {names}")
@@ -212,77 +209,6 @@ def _checked(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
     return config
 
 
-def filled(path: str | os.PathLike[str], given: Sequence[str]) -> dict[str, Any]:
-    """Read a config's file and overrides, and put the file of its model in the model's place.
-
-    Raises ConfigError if a file cannot be read, an override has no `=`, a value holds a credential,
-    or there are more models.
-    """
-    one, *others = _filled_each(path, given)
-    if others:
-        raise ConfigError(
-            f"{path}: model must be one here; runs of jobs.evaluate alone take several. Choose one "
-            "with --set model=NAME"
-        )
-    return one
-
-
-def _filled_each(path: str | os.PathLike[str], given: Sequence[str]) -> list[dict[str, Any]]:
-    data = options.read(_own(Path(path)))
-    models = [override for override in given if override.partition("=")[0] == "model"]
-    data = options.overridden(data, models)
-    others = [override for override in given if override not in models]
-    chosen = data.get("model")
-    if isinstance(chosen, list):
-        if not chosen:
-            raise ConfigError(f"{path}: model must name a model, or a list of some, got []")
-    else:
-        chosen = [chosen]
-    found = [options.overridden(_with_model(data, model), others) for model in chosen]
-    _refuse_credentials(found, str(path))
-    return found
-
-
-def _refuse_credentials(value: Any, key: str) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_credentials(inner, f"{key}: {name}" if ": " not in key else f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _refuse_credentials(inner, key)
-    elif isinstance(value, str) and has_credentials(value):
-        raise ConfigError(
-            f"{key} must have no password, key or token in it, since manifests and logs show it; "
-            "set it in the environment"
-        )
-
-
-def _with_model(data: dict[str, Any], model: Any) -> dict[str, Any]:
-    if isinstance(model, str):
-        model = options.read(_named(model, "models"))
-    return data if model is None else copy.deepcopy(data | {"model": model})
-
-
-def difference(old: Any, new: Any, key: str = "") -> list[str]:
-    """List the differences between two trees of plain values, one line per key."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for name in sorted(old.keys() | new.keys()):
-            inner = f"{key}.{name}" if key else str(name)
-            lines += difference(old.get(name), new.get(name), inner)
-        return lines
-    return [] if old == new else [f"{key}: {old!r} there, {new!r} now"]
-
-
-def refuse_another(where: str, there: Any, now: Any, what: str) -> None:
-    """Raises ConfigError with the differences where what is there is of another run or training."""
-    if changed := difference(there, now):
-        raise ConfigError(
-            f"{where} holds another {what}; choose another --out, or go back to what it has:\n"
-            + "\n".join(changed)
-        )
-
-
 def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the run's manifest keeps it: JSON values, without what changes no result."""
     data = asdict(config)
@@ -296,20 +222,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _listed(inner) for key, inner in value.items()}
     return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _own(path: Path) -> Path:
-    """`configs/...` is the project's own file wherever the command runs, unless there is one."""
-    own = CONFIGS.parent / path
-    return own if path.parts[:1] == ("configs",) and own.exists() and not path.exists() else path
-
-
-def _named(name: str, kind: str) -> Path:
-    """configs/KIND/NAME.yaml, or NAME itself where it is the path of a YAML file."""
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    path = CONFIGS / kind / f"{name}.yaml"
-    if not path.exists():
-        names = [p.stem for p in path.parent.glob("*.yaml")]
-        raise ConfigError(options.unknown(kind.removesuffix("s"), name, names))
-    return path

@@ -15,11 +15,10 @@ from cluster.lock import RunLock
 from cluster.origin import Origin
 from cluster.store import DamagedError, Store
 from jobs.cli import say
-from jobs.runs import config as configs
+from jobs.runs import differences
 from rome import options
 from rome.files import locked, replacing
 from rome.json_text import JsonError, parsed
-from rome.models.files import cache_folder
 from rome.paths import ROOT
 
 MANIFEST = "manifest.json"
@@ -112,7 +111,7 @@ def benchmark(records: Store) -> dict[str, Any]:
 
 def refuse_another(store: Store, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the manifest in a run directory is not what this run has `now`."""
-    configs.refuse_another(store.uri, {key: there[key] for key in now}, dict(now), "run")
+    differences.refuse_another(store.uri, {key: there[key] for key in now}, dict(now), "run")
 
 
 def claim(
@@ -225,6 +224,8 @@ def at_hand(known: dict[str, str], what: str) -> Path:
     store, sha256 = Store(known["file"]), known["sha256"]
     if store.is_local:
         return Path(unchanged(known, what))
+    from rome.models.files import cache_folder  # Imports torch, which most readers do without.
+
     copy = cache_folder() / "copies" / f"{sha256}{Path(known['file']).suffix}"
     with locked(copy):
         if not copy.exists():

@@ -29,6 +29,8 @@ JUDGES = "judges/"
 """Verdicts about the texts of rows, see jobs.judge."""
 KEYS = (*EVALUATED, "order", "case_id")
 """The columns that tell the rows of a run apart."""
+SWEEP = "sweep.parquet"
+"""The table of a sweep, by which its run is known."""
 
 
 def hive_path(**values: str) -> str:

@@ -13,8 +13,7 @@ from typing import Any
 
 from cluster.queue import Lease
 from cluster.store import DamagedError, Store
-from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import differences, manifests
 from jobs.runs.config import RunConfig
 from rome.data.records import Record, RecordError, Request
 from rome.edits import files as edit_files
@@ -129,12 +128,12 @@ def check(config: RunConfig, manifest: Mapping[str, Any]) -> None:
     changed = []
     for name in config.editors:
         kind = config.kind(name)
-        changed += configs.difference(
+        changed += differences.difference(
             there["model"]["editors"].get(kind),
             here["model"]["editors"].get(kind),
             f"model.editors.{kind}",
         )
-        changed += configs.difference(
+        changed += differences.difference(
             there["editors"].get(name), here["editors"][name], f"editors.{name}"
         )
     if changed:

@@ -94,7 +94,7 @@ def compare(folder: str) -> None:
 def report(folder: str) -> None:
     from jobs import report
 
-    Path(folder, "report.html").write_text(report.report([folder], texts=2), "utf-8")
+    Path(folder, "report.html").write_text(report.report([folder], texts=2)[0], "utf-8")
 
 
 def resume(folder: str) -> None:

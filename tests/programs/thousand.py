@@ -106,7 +106,9 @@ def measure(workers: int, lease: int, records: int) -> dict[str, float]:
 
     def main() -> None:
         table = LeaseTable(SimulatedStore(Disk(world), process), ["editor=a"], grid)
-        silent: Any = SimpleNamespace(update=lambda *_: None, note=lambda *_, **__: None)
+        silent: Any = SimpleNamespace(
+            update=lambda *_: None, note=lambda *_, **__: None, finished=lambda *_: None
+        )
         settings = RunSettings(workers=workers)
         driver = Driver(table, grid, settings, crew, lambda *_: None, None, silent, Unread())
         driver.drive(Event(), SimpleNamespace(taken_by=None))  # type: ignore[arg-type]

@@ -368,6 +368,8 @@ class Told(Progress):
             self._run.check_done(self._table)
         self._done = done
 
+    def finished(self, group: str, rows: int, seconds: float) -> None: ...
+
     def note(self, text: str, **fields: Any) -> None:
         self._run.world.tell(self._process.name, text)
 

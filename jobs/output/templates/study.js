@@ -41,6 +41,23 @@ function save() {
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
+/** Answers the first question that has none by a key, and remembers each answer as it is given. */
+function answered() {
+  state.answers[state.place] = Object.fromEntries(new FormData(get("rating")));
+  remember();
+}
+
+function byKey(event) {
+  const side = { 1: "1", 2: "2", 3: "same" }[event.key];
+  if (get("rating").hidden || side === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+  const names = [...new Set([...get("rating").querySelectorAll("input")].map((input) => input.name))];
+  const open = names.find((name) => get("rating").elements[name].value === "");
+  if (open === undefined) return;
+  get("rating").elements[open].value = side;
+  answered();
+  if (open === names[names.length - 1]) get("next").focus();
+}
+
 async function start() {
   ({ study, items } = await unpack("items"));
   state = remembered() ?? { rater: null, place: 0, answers: [] };
@@ -57,6 +74,13 @@ async function start() {
   get("back").addEventListener("click", () => move(-1));
   get("again").addEventListener("click", () => move(-items.length));
   get("save").addEventListener("click", save);
+  get("other").addEventListener("click", () => {
+    state = { rater: null, place: 0, answers: [] };
+    get("welcome").reset();
+    move(0);
+  });
+  get("rating").addEventListener("change", answered);
+  document.addEventListener("keydown", byKey);
   show();
 }
 

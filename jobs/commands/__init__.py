@@ -1,0 +1,1 @@
+"""The command lines: what each takes, said before what is slow is imported."""
