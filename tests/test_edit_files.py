@@ -222,6 +222,8 @@ def test_records_out_of_sight_are_the_stores_fault(tmp_path: Path) -> None:
     records.write_table(name, whole)
     manifest = json.loads(records.read_bytes("manifest.json"))
     manifests.write(records, {**manifest, "reference_texts": 3})
+    for name in records.list("reference_texts"):
+        records.delete(name)
     with pytest.raises(MissingError, match="reference_texts"):
         task()
 

@@ -95,6 +95,7 @@ def test_other_errors_are_not_retried(caplog: pytest.LogCaptureFixture) -> None:
 HALVED = (
     *("edit rome 0", "edit memit", "edit memit together", "edit ft 1", "edit ft+l 0"),
     *("edit attnedit 2", "edit kn", "edit ke", "edit mend"),
+    *("edit alphaedit", "edit ultraedit together", "edit lora together"),
     *("trace hidden", "trace mlp", "trace mlp_severed"),
     *("train ke", "train mend", "second moments"),
 )

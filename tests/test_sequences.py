@@ -15,6 +15,7 @@ import yaml
 from cluster.store import Store
 from jobs.inputs.record_stores import grid_of
 from jobs.runs import config as configs
+from jobs.runs import manifests
 from jobs.tasks.evaluation import Evaluation, EvaluationTask
 from rome.data.records import Request, to_table
 from rome.editors import Editor, Unedited
@@ -265,6 +266,7 @@ def run_file(folder: Path, **row: Any) -> Path:
     store = Store(folder / "records")
     for i in range(2):
         store.write_table(f"shard-{i:05d}.parquet", to_table(RECORDS[3 * i : 3 * i + 3]))
+    manifests.write(store, {"reference_texts": 0})
     source = {"name": "tiny-gpt2", "source": str(folder / "model"), "dtype": "float64"}
     settings = {"layer": LAYER, "second_moment": False, "value": {"steps": 3}}
     config = {

@@ -151,7 +151,6 @@ def _ultraedit(resources: Resources, settings: UltraEditSettings) -> UltraEdit:
 
 
 EDITORS: dict[str, Kind] = {
-    "alphaedit": Kind(AlphaEditSettings, _alphaedit, lambda s: list(s.layers)),
     "none": Kind(NoSettings, lambda resources, settings: Unedited()),
     "ft": Kind(FineTuningSettings, _fine_tuning),
     "ft+l": Kind(ConstrainedSettings, _fine_tuning),
@@ -161,6 +160,7 @@ EDITORS: dict[str, Kind] = {
     "kn": Kind(KnowledgeNeuronsSettings, _kn),
     "lora": Kind(LoraSettings, _lora),
     "memit": Kind(MemitSettings, _memit, lambda s: list(s.layers)),
+    "alphaedit": Kind(AlphaEditSettings, _alphaedit, lambda s: list(s.layers)),
     "rome": Kind(RomeSettings, _rome, lambda s: [s.layer] if s.second_moment else []),
     "ultraedit": Kind(UltraEditSettings, _ultraedit),
 }

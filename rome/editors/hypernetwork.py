@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
-from rome import options
 from rome.data.records import Request
 from rome.editors import gradients
 from rome.editors.knowledge_editor import KnowledgeEditorNetwork, KnowledgeEditorSettings
@@ -25,7 +24,6 @@ from rome.edits.deltas import Edit, total_norm
 from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, memory
 from rome.models.prompts import Text
-from rome.options import ConfigError
 from rome.settings import configurable
 
 Network = MendNetwork | KnowledgeEditorNetwork
@@ -122,11 +120,13 @@ def origin_for(file: Path, model: EditableModel, kind: str) -> NetworkOrigin:
 
     Raises ValueError where it is damaged, of another kind or of another model.
     """
+    from rome import options  # Needs pydantic, and is needed for files alone.
+
     try:
         with safe_open(file, "pt") as opened:
             written = parsed((opened.metadata() or {})["origin"])
             origin: NetworkOrigin = options.validate(NetworkOrigin, written, "origin: ")
-    except (SafetensorError, KeyError, JsonError, ConfigError) as error:
+    except (SafetensorError, KeyError, JsonError, options.ConfigError) as error:
         raise ValueError(
             f"{file} is damaged or no trained network ({error!r}); restore it, or train it again"
         ) from None

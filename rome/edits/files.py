@@ -24,13 +24,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rome import files, options
+from rome import files
 from rome.data.records import Request
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta
 from rome.edits.sequences import ChainState
 from rome.json_text import JsonError, parsed
 from rome.models import EditableModel
-from rome.options import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +124,8 @@ def loads(
     `where`: what errors call the file. Raises ValueError where it is damaged or holds no edits,
     and where they were made for other weights, or for weights of other names or shapes.
     """
+    from rome import options  # Needs pydantic, and is needed for files alone.
+
     try:
         tensors = safetensors.torch.load(data)
         metadata = _metadata(data)
@@ -135,7 +136,7 @@ def loads(
             for one in described
             for name, number in one.deltas.items()
         }
-    except (SafetensorError, KeyError, TypeError, JsonError, ConfigError) as error:
+    except (SafetensorError, KeyError, TypeError, JsonError, options.ConfigError) as error:
         raise ValueError(
             f"{where} is damaged or no file of edits ({error!r}); make the edit again"
         ) from error
