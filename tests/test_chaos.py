@@ -67,9 +67,9 @@ def test_a_full_disk_ends_a_run_with_its_reason_and_the_same_line_goes_on() -> N
     [
         ("run", b'{"name": "a r', "Restore it. Or, if this is the config that the run began with"),
         ("run", b"\xff\xfe", "is damaged"),
-        ("run", b'{"name": "a run"}', "it lacks benchmark, code, config"),
+        ("run", b'{"name": "a run"}', "it lacks benchmark, config"),
         ("run", b"[]", "it lacks everything"),
-        ("records", b'{"name', "Prepare the records again"),
+        ("records", b'{"name', "prepare the records again"),
     ],
 )
 def test_a_damaged_manifest_is_refused_with_a_way_out(
@@ -84,7 +84,7 @@ def test_a_damaged_manifest_is_refused_with_a_way_out(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     for folder in ("run", "records"):
         (tmp_path / folder).mkdir()
-        manifest = json.dumps({"name": "b", "version": 1, "fingerprint": "f"}).encode()
+        manifest = json.dumps({"name": "b", "version": "1", "fingerprint": "f"}).encode()
         (tmp_path / folder / "manifest.json").write_bytes(
             content if folder == damaged else manifest
         )

@@ -23,7 +23,8 @@ def test_a_seed_is_the_same_in_every_process() -> None:
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        # The real process and time are in words about a lock alone.
+        return re.sub(r"process \d+ on \S+ since \S+:", "a process", done.stdout)
 
     once = told("1")
     assert "seed 7: no rule was broken" in once
@@ -37,7 +38,7 @@ def test_a_seed_is_the_same_in_every_process() -> None:
         ("reported before the commit", "are not in the store"),
         ("newest lease blamed", "is innocent"),
         ("store blamed on records", "is innocent"),
-        ("files that are missing blamed on records", "is innocent"),
+        ("files that are missing blamed on records", "is innocent|does not end"),
         ("attempts without end", "times|does not end"),
     ],
 )

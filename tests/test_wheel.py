@@ -99,6 +99,7 @@ def modules_of(extra: str) -> list[str]:
     return [
         {"scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}.get(name, name)
         for name in names
+        if name != "urllib3"  # Here boto3 is installed, which transformers finds, and needs it.
     ]
 
 
