@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import ray
 
 from cluster.clock import REAL, Clock
+from cluster.grid import Lease
 from cluster.nodes import draining_nodes, lacking, node_was_lost, workers_that_fit
-from cluster.queue import Lease
 from cluster.settings import RunSettings
 from cluster.worker import Booted, Report
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cluster.crew import Crew, Lost
+from cluster.grid import Grid, Lease
 from cluster.lock import RunLock
 from cluster.metrics import Metrics
 from cluster.progress import LOG_SECONDS, Progress
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
 from cluster.slots import Slot, described, difference
 from cluster.store import retry

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.driver import RunError
+from cluster.grid import Grid, Lease
 from cluster.lease_log import kept_log, log_of
 from cluster.progress import Progress
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.queue import LeaseTable
 from cluster.slots import described, difference
 from cluster.store import DamagedError, Store, StoreError
 from cluster.worker import Task, Work, commit, describe_error, write_part

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
-from cluster.queue import Lease
+from cluster.grid import Lease
 from cluster.store import Store
 from cluster.words import redacted
 

@@ -15,6 +15,8 @@ import rich.progress
 from cluster.words import PlainConsole, printable, redacted
 
 LOG_SECONDS = 10.0
+_LINES = 16
+"""Editors, or checkpoints of chains, at most that have a line of their own."""
 WIDE = 100
 """Columns of a terminal that shows a line for each editor."""
 # Weight of the newest lease in a group's seconds a row.
@@ -45,7 +47,8 @@ class Rate:
 class Progress:
     """Shows the phase, done/total, rate, time and workers on stderr for the length of a `with`.
 
-    left: rows of each group that are not done; a group's name ends in `editor=NAME` or the like.
+    left: records of each group that are not done; a group's name ends in `editor=NAME` or the like,
+    or has more behind that.
     json_of: the name of the run in a log of JSON objects; None for text.
     """
 
@@ -69,7 +72,7 @@ class Progress:
             if console.is_terminal and json_of is None
             else None
         )
-        self._wide = console.width >= WIDE and len(self._left) > 1
+        self._wide = console.width >= WIDE and 1 < len(self._left) <= _LINES
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -149,7 +152,8 @@ class Progress:
         return (self._total - self._done) / rate if rate else None
 
     def _of(self, group: str) -> str:
-        name = unquote(group.rpartition("=")[2])
+        name = group.partition("editor=")[2] or group.rpartition("=")[2]
+        name = unquote(name.replace("/", ", "))
         each = self._seconds.get(group)
         return f"  {name}: {self._left[group]} left" + (f", {each:.2g} s a row" if each else "")
 

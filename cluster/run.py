@@ -21,12 +21,13 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.clock import REAL, Clock
 from cluster.crew import RayCrew
 from cluster.driver import Driver, RunError
+from cluster.grid import Grid, Lease
 from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
 from cluster.progress import LOG_SECONDS, Progress
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.words import deliberate, printable, redacted
@@ -135,7 +136,9 @@ def run(
         now = joined(settings) if settings.workers else settings
         json_of = name if settings.logs == "json" else None
         done = Counter(group for group, _ in table.done)
-        left = {group: len(grid.of(group)) - done[group] for group in groups}
+        left = {
+            group: (len(grid.of(group)) - done[group]) * grid.of(group).records for group in groups
+        }
         shown = Progress(table.total, len(table.done), json_of, left)
         if now.workers and now.num_gpus and gpu_rows:
             table.queue(_rows_on_gpus(table, grid, now, gpu_rows))

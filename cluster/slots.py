@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.crew import Crew
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 
 
 @dataclass

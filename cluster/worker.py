@@ -18,9 +18,9 @@ import ray
 
 from cluster import lease_log
 from cluster.clock import REAL, Clock
+from cluster.grid import Grid, Lease
 from cluster.lease_log import kept_log
 from cluster.lock import LOCK_NAME
-from cluster.queue import Grid, Lease
 from cluster.settings import RunSettings
 from cluster.store import DamagedError, Store, StoreError, retry
 from cluster.words import printable, redacted

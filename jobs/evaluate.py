@@ -20,8 +20,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import typer
 
+from cluster.grid import Grid
 from cluster.progress import clock
-from cluster.queue import Grid
 from cluster.run import FAILURES, Outcome, once, run
 from cluster.store import Store
 from jobs import cli, second_moment

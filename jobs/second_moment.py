@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 from pydantic import PositiveInt
 
+from cluster.grid import Grid
 from cluster.origin import Origin
-from cluster.queue import Grid
 from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
 from cluster.store import Store
 from jobs import cli

@@ -20,7 +20,7 @@ from typing import Any
 import polars as pl
 import typer
 
-from cluster.queue import Grid
+from cluster.grid import Grid
 from cluster.run import FAILURES, once, run
 from cluster.store import Store
 from jobs import cli

@@ -19,9 +19,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster.grid import Grid
 from cluster.here import drive_here
 from cluster.progress import Progress
-from cluster.queue import Grid, LeaseTable
+from cluster.queue import LeaseTable
 from cluster.store import Store
 from jobs.compare import read
 from jobs.evaluate import evaluate

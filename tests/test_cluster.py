@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import ray
 
+from cluster.grid import Lease
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
 from cluster.progress import Progress, Rate
-from cluster.queue import Lease
 from cluster.run import RunError, RunSettings, number_of_workers, once, run, stream
 from cluster.store import Store
 from cluster.worker import Worker

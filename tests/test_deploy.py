@@ -299,7 +299,7 @@ def peak_gib(program: str) -> float:
 DRIVER = """
 import torch, transformers
 import jobs.evaluate
-from cluster.queue import Grid
+from cluster.grid import Grid
 from tests.programs.matrices import _peak_gb
 with torch.device("meta"):
     transformers.AutoModelForCausalLM.from_config(transformers.GPTJConfig())

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from cluster.driver import RunError
+from cluster.grid import Lease
 from cluster.lease_log import LOGS, kept_log, log_of
 from cluster.lock import RunLock
-from cluster.queue import Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store, StoreError
 from cluster.worker import time_limit

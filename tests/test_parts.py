@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.grid import Grid
 from cluster.origin import Origin
-from cluster.queue import Grid, LeaseTable
+from cluster.queue import LeaseTable
 from cluster.store import Store
 from cluster.worker import commit
 from jobs.runs import manifests

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from cluster import index
-from cluster.queue import NODE_LOSSES, Grid, Lease, LeaseTable
+from cluster.grid import Grid, Lease
+from cluster.queue import NODE_LOSSES, LeaseTable
 from cluster.store import DamagedError, Store
 
 GROUP = "benchmark=b/model=m/editor=rome"

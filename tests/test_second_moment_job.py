@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from cluster.queue import Lease
+from cluster.grid import Lease
 from cluster.run import once
 from cluster.store import Store
 from jobs import second_moment

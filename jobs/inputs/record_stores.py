@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 from rich.progress import track
 
+from cluster.grid import Grid
 from cluster.lock import RunLock
-from cluster.queue import Grid
 from cluster.store import Store
 from cluster.words import redacted
 from jobs import cli

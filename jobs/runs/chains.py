@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 
-from cluster.queue import Grid
+from cluster.grid import Grid
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import BATCHES, at, hive_path
 from rome.edits.sequences import Grouping

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.queue import Lease
+from cluster.grid import Lease
 from cluster.store import Store, StoreError
 from cluster.worker import describe_error
 from jobs.runs.chains import Chain

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.store import DamagedError, Store
 from cluster.worker import describe_error
 from jobs.inputs import corpus

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.store import Store
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from cluster.queue import Lease
+from cluster.grid import Lease
 from cluster.store import DamagedError, Store
 from jobs.runs import differences, manifests
 from jobs.runs.config import RunConfig

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.settings import RunSettings
 from jobs.runs.config import ModelConfig
 from jobs.runs.parts import hive_values

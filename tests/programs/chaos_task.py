@@ -17,8 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.grid import Grid, Lease
 from cluster.lock import LockedError
-from cluster.queue import Grid, Lease
 from cluster.run import RunError, RunSettings, run
 from cluster.store import Store
 

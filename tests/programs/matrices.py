@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.store import Store
 from jobs.tasks import moments
 from rome import second_moment

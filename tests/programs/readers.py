@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from cluster.queue import Lease
+from cluster.grid import Lease
 from cluster.store import Store
 from jobs.runs.parts import PARTS, hive_path
 from rome.analysis.summary import record_metrics
@@ -99,7 +99,8 @@ def report(folder: str) -> None:
 
 def resume(folder: str) -> None:
     """The driver's look at what is done."""
-    from cluster.queue import Grid, LeaseTable
+    from cluster.grid import Grid
+    from cluster.queue import LeaseTable
 
     names = json.loads(Path(folder, "manifest.json").read_text())
     ids = range(names["records"])

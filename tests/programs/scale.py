@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA

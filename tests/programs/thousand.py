@@ -15,7 +15,8 @@ from typing import Any
 from cluster.clock import Clock
 from cluster.crew import Lost
 from cluster.driver import Driver
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.grid import Grid, Lease
+from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
 from cluster.worker import Booted, Report
 from tests.support.simulated_run import Unread

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.queue import Grid, Lease
+from cluster.grid import Grid, Lease
 from cluster.run import Outcome, RunSettings, run
 from cluster.store import Store
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from cluster import index, queue, worker
 from cluster.driver import Driver
-from cluster.queue import Grid, Lease, LeaseTable
+from cluster.grid import Grid, Lease
+from cluster.queue import LeaseTable
 from cluster.store import Store
 from cluster.worker import Report
 from jobs.runs import manifests

@@ -31,10 +31,11 @@ from cluster import index
 from cluster.clock import Clock
 from cluster.crew import Lost
 from cluster.driver import Driver, RunError
+from cluster.grid import Grid, Lease
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.progress import Progress
-from cluster.queue import NODE_LOSSES, Grid, Lease, LeaseTable, read_parts
+from cluster.queue import NODE_LOSSES, LeaseTable, read_parts
 from cluster.run import Outcome, RunSettings, dead_rows, finish
 from cluster.store import Store
 from cluster.worker import Booted, Report, Worker
