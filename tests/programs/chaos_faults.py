@@ -155,6 +155,15 @@ def worker_killed_after_its_commit(scene: Scene) -> int:
     return 1
 
 
+def worker_stopped(scene: Scene) -> int:
+    """As by a debugger or a frozen machine: it keeps its leases and says nothing."""
+    with scene.driver() as process:
+        scene.wait_for_parts(scene.luck.uniform(0.2, 0.6), process)
+        os.kill(scene.luck.choice(scene.workers()), signal.SIGSTOP)
+        scene.finish(process)
+    return 1
+
+
 def node_removed(scene: Scene) -> int:
     with scene.driver() as process:
         scene.wait_for_parts(scene.luck.uniform(0.2, 0.6), process)
@@ -317,6 +326,33 @@ def records_damaged(scene: Scene) -> int:
     return 2
 
 
+def records_out_of_sight(scene: Scene) -> int:
+    """Shards that no worker has read yet are not to be seen for some seconds, as on a share."""
+    folder = Path(scene.spec.root) / "records"
+    last = folder / f"shard-{SHARDS - 1:05d}.parquet"
+    with scene.driver() as process:
+        scene.wait_for_parts(scene.luck.uniform(0.1, 0.3), process)
+        hidden = last.rename(folder / "_elsewhere")
+        threading.Timer(scene.luck.uniform(8, 12), hidden.rename, (last,)).start()
+        scene.finish(process)
+    assert "The store fails; trying for" in scene.said
+    return 1
+
+
+def records_lost(scene: Scene) -> int:
+    """The same shard is gone for good, until somebody restores it."""
+    last = Path(scene.spec.root) / f"records/shard-{SHARDS - 1:05d}.parquet"
+    with scene.driver(settings={"store_seconds": 3}) as process:
+        scene.wait_for_parts(0.3, process)
+        whole = last.read_bytes()
+        last.unlink()
+        scene.finish(process, status=1)
+    assert "The store has failed for 3 s" in scene.said
+    last.write_bytes(whole)
+    scene.run_on()
+    return 1
+
+
 def lock_damaged(scene: Scene) -> int:
     with scene.driver() as process:
         scene.wait_for_parts(0.2, process)
@@ -366,6 +402,7 @@ FAULTS: dict[str, Fault] = {
         worker_killed,
         workers_killed_in_a_row,
         worker_killed_after_its_commit,
+        worker_stopped,
         node_removed,
         node_removed_and_another_added,
         node_drained,
@@ -381,6 +418,8 @@ FAULTS: dict[str, Fault] = {
         weights_not_restored,
         parts_damaged,
         records_damaged,
+        records_out_of_sight,
+        records_lost,
         lock_damaged,
         disk_full,
         disk_stays_full,
