@@ -147,9 +147,11 @@ class Driver:
             lease = slot.oldest
             if lease is None or now - slot.since < SLOW * usual * self._grid.size(lease) + 1:
                 continue
-            if lease.attempt == 1 and self._table.copy(idle.name, lease):
-                self._metrics.copied()
-                return lease
+            # A worker that stands still also has those behind it, for ever.
+            for held in filter(None, slot.calls.values()):
+                if held.attempt == 1 and self._table.copy(idle.name, held):
+                    self._metrics.copied()
+                    return held
         return None
 
     def _working(self) -> bool:

@@ -154,7 +154,8 @@ def test_records_results_table_and_status_are_all_there(
         return done
 
     job("prepare", "everyday", "--out", f"{root}/records", "--limit", "6", "--shard-rows", "4")
-    said = job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/run").stderr
+    named = ("--set", "name=tiny")
+    said = job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/run", *named).stderr
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert any(line.get("run") == "tiny" and "12/12" in line["message"] for line in lines)
     logs = Path(s3["RAY_TMPDIR"]).glob("ray/session_latest/logs/worker-*.err")
