@@ -144,9 +144,9 @@ def test_bad_records_get_a_row_and_their_neighbours_are_fine(tmp_path: Path) -> 
     assert "its worker process has died" in errors[110]
     assert errors[115].startswith("no result within 2 s")
     assert "LocalError: odd" in errors[118]
-    # Once with its neighbours, if none of them ended the worker before, then twice alone.
-    assert {times_run(tmp_path, case_id) for case_id in (101, 110, 118)} <= {2, 3}
-    # Idle workers may have copied the leases that hung.
+    # Once with its neighbours, if none of them ended the worker before, then twice alone. Idle
+    # workers may have copied the leases that hung, and those behind them.
+    assert {times_run(tmp_path, case_id) for case_id in (101, 110, 118)} <= {2, 3, 4}
     assert times_run(tmp_path, 115) in (3, 4, 5)
     assert found[110]["attempts"] == 2
 
