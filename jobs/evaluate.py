@@ -67,12 +67,12 @@ def evaluate(config: RunConfig, out: str) -> int:
     return status
 
 
-def _say_where(status: int, seconds: float, *folders: str) -> None:
-    """The folders of a run that came to its end, its time, and what may follow."""
+def _say_where(status: int, seconds: float, out: str) -> None:
+    """The folder of a run that came to its end, its time, and what may follow."""
     if status != cli.STOPPED:
-        uris = [Store(folder).uri for folder in folders]
-        say(f"run: {', '.join(uris)}, in {clock(seconds)}")
-        say(f"next: {cli.shell('report', *uris, '--out', 'report.html')}")
+        uri = Store(out).uri
+        say(f"run: {uri}, in {clock(seconds)}")
+        say(f"next: {cli.shell('report', uri, '--out', 'report.html')}")
 
 
 def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:

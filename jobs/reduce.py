@@ -21,6 +21,8 @@ from jobs.runs.labels import differing_notes, run_labels
 from jobs.runs.parts import collect, write_table
 from rome.analysis.summary import summarize
 
+_CHAINS = "chains.parquet"
+
 
 def reduce(run_dirs: Sequence[str], *, write: bool = True) -> pl.DataFrame:
     """The summary of every run directory, one row per editor, in the manifest's order.
@@ -75,7 +77,7 @@ def _write_chains(store: Store, manifest: dict[str, Any]) -> None:
     if len(found):
         from jobs.output import figures  # A run without chains is reduced without matplotlib.
 
-        write_table(store, "chains.parquet", found)
+        write_table(store, _CHAINS, found)
         title = f"{manifest['name']} · {found['model'][0]}"
         figures.save(store, {"chains": chains.figure(found, chains.ages(store), title)})
 
@@ -93,10 +95,10 @@ def main(run_dirs: list[str], format: Format = Format.TABLE) -> None:
 
 
 def show_chains(run_dirs: Sequence[str]) -> None:
-    """Print what the chains of runs have beside their table."""
-    for run_dir in run_dirs:
-        if len(found := chains.read(Store(run_dir))):
-            cli.print_table(chains.table(found))
+    """Print what the chains of runs have beside their table, as `reduce` wrote it."""
+    for store in map(Store, run_dirs):
+        if store.exists(_CHAINS):
+            cli.print_table(chains.table(pl.read_parquet(store.read_bytes(_CHAINS))))
 
 
 def show(frame: pl.DataFrame, format: Format = Format.TABLE) -> None:

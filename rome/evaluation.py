@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field
-from math import isfinite
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rome.data.records import Record, RecordError
+from rome.data.records import Record
 from rome.data.wording import FORMS, in_form, worded
 from rome.editors import Editor
-from rome.edits.deltas import Edit, total_norm
+from rome.edits.deltas import Edit, refuse_if_not_finite, total_norm
 from rome.edits.several import RecordEditor, edit_records
 from rome.models import EditableModel, chat
 from rome.scoring import generation, greedy, probabilities, probe_sets, text_metrics
@@ -78,8 +77,7 @@ def evaluate(
     edits = edit_records(model, editor, [edited_as(record) for record in records])
     for edit in edits:
         norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
-        if not isfinite(norm):
-            raise RecordError("the edit is not finite: it holds NaN or infinities")
+        refuse_if_not_finite(norm)
     edited = time.perf_counter()
     asked = [asked_as(record) for record in records]
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})

@@ -23,10 +23,11 @@ from rome.data.records import Record, Request
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import values
 from rome.editors.rome import Rome, RomeSettings
-from rome.editors.values import Value, ValueSettings
+from rome.editors.values import Value
 from rome.edits.deltas import Edit
 from rome.scoring.probabilities import score_records
 from tests.support import oracle, tiny
+from tests.support.hyperparameters import value_settings
 from tests.support.tiny import relative
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "reference"
@@ -105,13 +106,7 @@ def ours() -> Iterator[Outcomes]:
         rows = {row["case_id"]: row for row in read(f"{folder}/records.json")}
         if folder == "default":
             rows |= {row["case_id"]: row for row in read("ten_records.json")["records"]}
-        value = ValueSettings(
-            steps=settings["v_num_grad_steps"],
-            learning_rate=settings["v_lr"],
-            weight_decay=settings["v_weight_decay"],
-            kl_factor=settings["kl_factor"],
-            clamp=settings["clamp_norm_factor"],
-        )
+        value = value_settings(settings)
         records = [rows_of.from_counterfact(row) for row in rows.values()]
         outcomes[folder] = compute(records, RomeSettings(LAYER, value))
     yield outcomes

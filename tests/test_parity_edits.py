@@ -26,11 +26,12 @@ from rome.editors.alphaedit import AlphaEdit, AlphaEditSettings
 from rome.editors.contexts import Contexts
 from rome.editors.memit import MemitSettings, MemitWithHistory
 from rome.editors.spreading import Remembering
-from rome.editors.values import Value, ValueSettings
+from rome.editors.values import Value
 from rome.edits.deltas import Edit, LowRankDelta, dense, written
 from rome.scoring.probabilities import score_records
 from rome.second_moment import SecondMoment
 from tests.support import tiny
+from tests.support.hyperparameters import value_settings
 from tests.support.tiny import relative
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -55,13 +56,7 @@ def golden() -> Any:
 def shared_settings() -> dict[str, Any]:
     """The settings of the reference that its runs share."""
     theirs = golden()["hyperparameters"]
-    value = ValueSettings(
-        steps=theirs["v_num_grad_steps"],
-        learning_rate=theirs["v_lr"],
-        weight_decay=theirs["v_weight_decay"],
-        kl_factor=theirs["kl_factor"],
-        clamp=theirs["clamp_norm_factor"],
-    )
+    value = value_settings(theirs)
     return {"layers": tuple(theirs["layers"]), "value": value, "sampled_contexts": 20}
 
 

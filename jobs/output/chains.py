@@ -27,24 +27,24 @@ def read(store: Store) -> pl.DataFrame:
     """One row per (benchmark, model, chain, edits) of a run: `rome.analysis.chains.over_orders`,
     and means over orders of drift and of the Frobenius norms of all edited weights together
     (`norm`) and of what was changed in them (`norm_change`). Empty where it has no chains."""
-    found = chains.over_orders(collect(store, chains.by_order))
-    if found.is_empty():
-        return found
-    return found.with_columns(_chain()).join(_drift(store), on=["chain", "edits"], how="left")
+    batches = store.list(f"{PARTS}{BATCHES}", ".parquet")
+    if not batches:  # Most runs, whose rows need not be read for this.
+        return pl.DataFrame()
+    found = chains.over_orders(collect(store, chains.by_order)).with_columns(_chain())
+    return found.join(_drift(store, batches), on=["chain", "edits"], how="left")
 
 
 def _chain() -> pl.Expr:
     return pl.col("editor").str.replace(r"@\d+$", "").alias("chain")
 
 
-def _drift(store: Store) -> pl.DataFrame:
-    names = store.list(f"{PARTS}{BATCHES}", ".parquet")
+def _drift(store: Store, batches: Sequence[str]) -> pl.DataFrame:
     columns = ["status", "edits", *_DRIFT[:3], "weight_norms", "change_norms"]
     frames = [
         pl.DataFrame(store.read_table(name, columns)).with_columns(
             chain=pl.lit(hive_values(name)["editor"])
         )
-        for name in names
+        for name in batches
     ]
     whole = {"norm": "weight_norms", "norm_change": "change_norms"}
     return (

@@ -40,7 +40,7 @@ class Chain:
 
     def scores(self, edits: int) -> str:
         """The group of its scores at a checkpoint."""
-        return f"{self.path}/edits={edits}"
+        return f"{self.path}/{hive_path(edits=str(edits))}"
 
     def batch(self, number: int) -> tuple[int, ...]:
         """The case ids of a batch."""

@@ -137,10 +137,6 @@ class RunConfig:
         """True if a row's edits come from another run."""
         return self.edits is not None and self.kind(name) != "none"
 
-    def keeps(self, name: str) -> bool:
-        """True if the edits of a row's records are kept."""
-        return self.keep_edits and self.kind(name) != "none"
-
     def editor(self, name: str) -> tuple[str, Any]:
         """The registered editor of a row and its settings. Raises ConfigError."""
         kind = self.kind(name)

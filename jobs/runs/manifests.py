@@ -83,7 +83,8 @@ def read(
 
 
 def rows(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """The rows that a run is to have, for each row of its table; before 0.9 as many for each."""
+    """The rows that a run is to have, for each row of its table; an older manifest has one number
+    for all."""
     of_each = dict.fromkeys(manifest["editors"], manifest["records"])
     return {**of_each, **manifest.get("table_rows", {})}
 

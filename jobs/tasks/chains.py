@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
 from rome.edits import files as edit_files
 from rome.edits import sequences
-from rome.edits.deltas import Edit, dense, written
+from rome.edits.deltas import Edit, dense, refuse_if_not_finite, total_norm, written
 from rome.edits.files import EditOrigin
 from rome.edits.sequences import ChainState
 from rome.models import EditableModel
@@ -133,18 +132,15 @@ class Chains:
         _refuse_what_chains_cannot(batch)
         requests = [record.request for record in batch]
         _, state = self._editors[chain.editor].go_on(state, requests)
-        if not all(math.isfinite(delta.norm) for delta in state.total.values()):
-            raise RecordError("the edit is not finite: it holds NaN or infinities")
+        refuse_if_not_finite(total_norm(state.total))
         return state
 
     def _norms(self, state: ChainState) -> dict[str, Any]:
         names = sorted(state.total)
         edited = []
         for name in names:
-            weight = self._model.hf.get_parameter(name).detach()
-            change = dense(state.total[name])
-            now = change.T if self._model.family.transposed else change
-            edited.append(float((weight + now.reshape(weight.shape).to(weight.device)).norm()))
+            weight_DK = self._model.weight(name)
+            edited.append(float((weight_DK + dense(state.total[name]).to(weight_DK.device)).norm()))
         return {
             "weights": names,
             "weight_norms": edited,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rome.data.records import Request
+from rome.data.records import RecordError, Request
 from rome.models import EditableModel
 
 
@@ -52,6 +52,12 @@ Delta = LowRankDelta | DenseDelta
 def total_norm(deltas: Mapping[str, Delta]) -> float:
     """Frobenius norm of all changes together."""
     return math.hypot(*(delta.norm for delta in deltas.values()))
+
+
+def refuse_if_not_finite(norm: float) -> None:
+    """Raises RecordError where the norm of an edit is none: it holds NaN or infinities."""
+    if not math.isfinite(norm):
+        raise RecordError("the edit is not finite: it holds NaN or infinities")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,7 @@ def rect_all(model: EditableModel, deltas: Mapping[str, Delta]) -> dict[str, Del
     found: dict[str, Delta] = {}
     for name, delta in deltas.items():
         change_DK = dense(delta)
-        weight = model.hf.get_parameter(name).detach()
-        if model.family.transposed and weight.dim() > 1:
-            weight = weight.T
-        found[name] = DenseDelta(rect(weight.reshape(change_DK.shape).to(change_DK), change_DK))
+        found[name] = DenseDelta(rect(model.weight(name).to(change_DK), change_DK))
     return found
 
 

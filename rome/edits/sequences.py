@@ -132,12 +132,10 @@ def scored(model: EditableModel, grouping: Grouping, state: ChainState) -> Mappi
     """The change of the model on which the facts of a chain are scored."""
     if not grouping.prune:
         return state.total
-    found: dict[str, Delta] = {}
-    for name, delta in state.total.items():
-        weight = model.hf.get_parameter(name).detach()
-        weight_DK = (weight.T if model.family.transposed else weight).reshape(model.sizes(name))
-        found[name] = DenseDelta(pruned(weight_DK, dense(delta)))
-    return found
+    return {
+        name: DenseDelta(pruned(model.weight(name), dense(delta)))
+        for name, delta in state.total.items()
+    }
 
 
 _SCORED_TOGETHER = 8

@@ -122,6 +122,16 @@ class EditableModel:
         first, second = shape
         return (second, first) if self.family.transposed else (first, second)
 
+    def weight(self, name: str) -> Tensor:
+        """A weight as it is now, [D, K] whatever its layout, detached; a bias as [D, 1].
+
+        Raises AttributeError where there is no such weight.
+        """
+        weight = self.hf.get_parameter(name).detach()
+        if self.family.transposed and weight.dim() > 1:
+            weight = weight.T
+        return weight.reshape(self.sizes(name))
+
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Final hidden states (after the last norm) to logits [B, V], in float32 or wider."""
         logits = kernels.logits(self.hf, hidden_BD).to(self.device)
