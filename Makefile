@@ -117,8 +117,8 @@ lint: setup ## Lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, a file's tests one after another.
-PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Two at a time, a file's tests one after another; a process that dies ends them, with its test named.
+PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart=0
 
 check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
 	$(PAIRS) -m "not (ray or model or browser or slow)"
