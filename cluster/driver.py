@@ -116,23 +116,27 @@ class Driver:
         now = self._clock.now()
         # The last leases go round one by one, so that nobody hoards while others idle.
         depth = self._settings.in_flight if self._table.pending > len(self._slots) else 1
-        for slot in self._slots:
-            if now < slot.rests_until:
-                continue
-            if slot.worker is None and self._table.pending and self._may_boot():
-                slot.worker, boot = self._crew.start()
-                slot.calls[boot] = None
-            if slot.node in self._draining:
-                if not slot.calls:
-                    slot.end()
-                continue
-            while slot.ready and len(slot.calls) < depth:
-                lease = self._table.lease(slot.name) or (not slot.calls and self._copy(slot, now))
-                if not lease:
-                    break
-                if not slot.calls:
-                    slot.since = now
-                slot.calls[self._crew.work(slot.worker, lease)] = lease
+        # One for each worker first: a second lease in hand must not keep another worker idle.
+        for held in range(1, depth + 1):
+            for slot in self._slots:
+                if now >= slot.rests_until:
+                    self._supply(slot, held, now)
+
+    def _supply(self, slot: Slot, held: int, now: float) -> None:
+        """Start the worker of a slot, or see that it holds so many leases."""
+        if slot.worker is None and self._table.pending and self._may_boot():
+            slot.worker, boot = self._crew.start()
+            slot.calls[boot] = None
+        if slot.node in self._draining:
+            if not slot.calls:
+                slot.end()
+            return
+        if not slot.ready or len(slot.calls) >= held:
+            return
+        if lease := self._table.lease(slot.name) or (not slot.calls and self._copy(slot, now)):
+            if not slot.calls:
+                slot.since = now
+            slot.calls[self._crew.work(slot.worker, lease)] = lease
 
     def _may_boot(self) -> bool:
         booting = sum(slot.worker is not None and not slot.ready for slot in self._slots)

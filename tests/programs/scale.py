@@ -25,7 +25,7 @@ from cluster.grid import Grid, Lease
 from cluster.run import RunSettings, run
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
-from tests.programs import boots, matrices, readers, thousand, trainings
+from tests.programs import boots, long_chains, matrices, readers, thousand, trainings
 from tests.programs.chaos_nodes import Nodes, environment
 
 ROWS = 21_919
@@ -177,6 +177,7 @@ OTHERS: dict[str, Callable[[], None]] = {
     "matrices": _matrices,
     "training": trainings.measure,
     "boot": boots.measure,
+    "chains": long_chains.measure,
     "readers": readers.measure,
 }
 """Measured by programs of their own, without a bound."""
