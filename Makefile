@@ -5,7 +5,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 RECORDS ?= 16
 BENCH = $(WORKSPACE)/runs/everyday-rome
 
-.PHONY: setup help bench documents perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test clean
+.PHONY: setup help bench documents perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test test-long clean
 
 setup: .venv/installed ## Install everything into .venv (the default).
 
@@ -121,10 +121,13 @@ lint: setup ## Lint and types.
 PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart=0
 
 check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
-	$(PAIRS) -m "not (ray or model or browser or slow)"
+	$(PAIRS) -m "not (ray or model or browser or slow or long)"
 
-test: lint ## Everything; says what was skipped and what took long.
-	$(PAIRS) -ra --durations=25
+test: lint ## All tests but the long ones; says what was skipped and what took long.
+	$(PAIRS) -ra --durations=25 -m "not long"
+
+test-long: setup ## Tests of a minute or more: kills inside jobs, a cluster under Slurm, a full disk.
+	$(PAIRS) -ra -m long
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -403,6 +403,7 @@ def is_free(port: int) -> bool:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_slurm_job_at_its_time_limit_queues_itself_and_resumes(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:

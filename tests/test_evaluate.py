@@ -20,6 +20,8 @@ from tests.support import tiny
 from tests.support.commands import command
 
 ROOT = Path(__file__).parents[1]
+HERE = ["workers.workers=0", "templates.texts=['{}']"]
+"""Without Ray, whose workers take seconds to start."""
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,7 @@ def test_another_config_on_a_run_is_refused_with_the_difference(
     assert "--out" in text
 
 
+@pytest.mark.long
 def test_killed_worker_and_killed_driver_lose_and_duplicate_nothing(
     reference: Path, workspace: Path, ray_address: str
 ) -> None:
@@ -192,7 +195,7 @@ def test_killed_worker_and_killed_driver_lose_and_duplicate_nothing(
 
 
 def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
-    workspace: Path, ray_address: str, tmp_path: Path
+    workspace: Path, tmp_path: Path
 ) -> None:
     fact = {
         "case_id": 0,
@@ -213,7 +216,7 @@ def test_a_record_that_cannot_be_done_is_a_row_with_its_error(
     (tmp_path / "facts.json").write_text(json.dumps([fact, long, fact | {"case_id": 2}]))
     store = tmp_path / "records"
     prepare(tmp_path / "facts.json", "--out", store)
-    status, text = evaluate(workspace, tmp_path / "run", f"benchmark={store}")
+    status, text = evaluate(workspace, tmp_path / "run", f"benchmark={store}", *HERE)
     assert status == 3, text
     frame = rows(tmp_path / "run")
     assert frame.filter(case_id=1)["status"].to_list() == ["error", "error"]
@@ -238,14 +241,14 @@ def _wait_for_parts(out: Path, count: int) -> None:
 
 
 def test_another_second_moment_than_the_run_began_with_is_refused(
-    workspace: Path, ray_address: str, tmp_path: Path
+    reference: Path, workspace: Path, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(workspace / "second_moments", copied / "second_moments")
     for name in ("model", "records", "tiny.yaml"):
         (copied / name).symlink_to(workspace / name)
     out = tmp_path / "run"
-    limited = ["records.limit=2", "editors={rome: {}}"]
+    limited = ["records.limit=2", "editors={rome: {}}", *HERE]
     assert evaluate(copied, out, *limited)[0] == 0
     next(out.glob("results/**/*.parquet")).unlink()
     (file,) = copied.glob("second_moments/tiny-gpt2/*.safetensors")
@@ -275,7 +278,7 @@ def test_several_models_are_one_run_with_one_table(
     workspace: Path, tmp_path: Path, two_models: str
 ) -> None:
     out = tmp_path / "run"
-    overrides = [two_models, "records.limit=2", "workers.workers=0", "templates.texts=['{}']"]
+    overrides = [two_models, "records.limit=2", *HERE]
     status, text = evaluate(workspace, out, *overrides)
     assert status == 0, text
     assert text.count("NS_plus: NS after") == 1  # Below the one table.

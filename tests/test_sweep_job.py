@@ -78,7 +78,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "editors": {"none": {}, "rome": {"value": {"steps": 2}}},
         "templates": {"texts": ["{}"]},
         "lease_records": 6,
-        "workers": {"num_cpus": 0.5, "workers": 2},
+        "workers": {"workers": 0},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     assert command("prepare", "everyday", "--limit", 6, "--out", folder / "records")[0] == 0
@@ -90,7 +90,7 @@ def sweep(workspace: Path, *options: str) -> tuple[int, str]:
     return command("sweep", *arguments, ROME_WORKSPACE=workspace)
 
 
-def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: str) -> None:
+def test_every_layer_and_position_has_its_scores(workspace: Path) -> None:
     status, text = sweep(workspace)
     assert status == 0, text
     frame = pl.read_parquet(workspace / "out" / "sweep.parquet")
@@ -122,7 +122,7 @@ def test_every_layer_and_position_has_its_scores(workspace: Path, ray_address: s
     ],
 )
 def test_places_that_are_none_are_refused(
-    workspace: Path, ray_address: str, options: list[str], message: str
+    workspace: Path, options: list[str], message: str
 ) -> None:
     status, text = sweep(workspace, *options)
     assert status == 1

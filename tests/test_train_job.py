@@ -21,6 +21,7 @@ from tests.support.commands import command
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 5
+HERE = ("--set", "workers.workers=0")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,9 @@ def test_the_curve_has_a_row_per_validation_and_falls(reference: Path) -> None:
     assert (reference / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_a_killed_training_goes_on_as_if_it_had_not_been(
     reference: Path, workspace: Path, ray_address: str, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -128,8 +131,8 @@ def test_another_training_in_the_same_folder_is_refused(
     assert "training.rate: 0.001 there, 0.5 now" in text
 
 
-def test_ke_trains_on_continuations_that_the_model_wrote(workspace: Path, ray_address: str) -> None:
-    status, text = train(workspace, "ke", "--set", "training.steps=10")
+def test_ke_trains_on_continuations_that_the_model_wrote(workspace: Path) -> None:
+    status, text = train(workspace, "ke", "--set", "training.steps=10", *HERE)
     assert status == 0, text
     folder = workspace / "hypernetworks" / "tiny-ke"
     assert curve(folder)["step"].to_list() == [0, 5, 10]
@@ -153,7 +156,7 @@ def test_a_run_takes_its_trained_editor_from_the_workspace(
         "editors": {"none": {}, "mend": {"weights": "tiny-mend"}},
         "records": {"limit": 4},
         "scoring": {"generation": {"max_tokens": 60}},
-        "workers": {"num_cpus": 0.5, "workers": 1},
+        "workers": {"workers": 0},
     }
     path = workspace / "run.yaml"
     path.write_text(yaml.safe_dump(run))

@@ -170,6 +170,7 @@ def test_the_bundled_facts_become_a_store(installed: Installed) -> None:
 def test_the_run_of_make_bench_and_its_report(installed: Installed, model: Path) -> None:
     run = installed.workspace / "run"
     settings = [f"model={model}", "records.limit=2", "scoring.generation.max_tokens=60"]
+    settings += ["workers.workers=0"]  # test_job_submit.py has Ray.
     given = [argument for setting in settings for argument in ("--set", setting)]
     config = "configs/runs/everyday-rome.yaml"
     assert "unedited" in installed.says("rome-bench", "evaluate", config, "--out", run, *given)
