@@ -13,6 +13,7 @@ import torch
 from cluster.store import Store
 from jobs.inputs.record_stores import prepare
 from jobs.inputs.sources import load
+from jobs.tasks.training import examples_of
 from rome.data import rows as rows_of
 from rome.data.probes import Probe
 from rome.data.records import from_table, to_table
@@ -22,6 +23,7 @@ from rome.edits.several import edit_records
 from rome.evaluation import ScoringSettings, evaluate
 from rome.models import EditableModel
 from tests.support import tiny
+from tests.support.commands import command
 from tests.support.computations import few_steps_editor
 
 
@@ -161,3 +163,41 @@ def test_examples_of_ones_own_stand_before_the_questions_of_a_set(tmp_path: Path
         shots.write_text(text)
         with pytest.raises(ValueError, match=message):
             prepare(str(tmp_path / "m.json"), str(tmp_path / "o"), probe_templates=str(shots))
+
+
+def test_each_request_is_an_example_to_train_on(tmp_path: Path) -> None:
+    several = replace(
+        rows_of.from_row(ROW, 0),
+        paraphrase_prompts=("Whose is it?",),
+        neighborhood_prompts=("Lyon is in",),
+        neighborhood_targets=("France",),
+    )
+    single = replace(several, case_id=1, further=())
+    store = Store(tmp_path)
+    store.write_table("shard-00000.parquet", to_table([several, single]))
+    found = examples_of(store, skip=0)
+    assert [one.request for one in found] == [*several.requests, single.request]
+    assert [one.rephrased for one in found] == [("Whose is it?",), (), ("Whose is it?",)]
+    assert {one.local for one in found} == {(("Lyon is in", "France"),)}
+
+
+def test_a_chain_with_checkpoints_takes_no_record_of_several_requests(tmp_path: Path) -> None:
+    model = tiny.model("gpt2", "float32")
+    model.hf.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "m.json").write_text(json.dumps([ROW]))
+    prepare(str(tmp_path / "m.json"), str(tmp_path / "records"))
+    chain = {"sequence": 1, "checkpoints": [1], "layer": 0, "steps": 1}
+    run = {
+        "name": "several",
+        "model": {"name": "tiny", "source": str(tmp_path / "model"), "dtype": "float32"},
+        "benchmark": str(tmp_path / "records"),
+        "editors": {"ft": chain},
+        "scoring": {"generation": None},
+        "templates": {"texts": ["{}"]},
+        "workers": {"workers": 0},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    status, text = command("evaluate", tmp_path / "run.yaml", "--out", tmp_path / "run")
+    assert status == 3, text
+    assert "a chain with checkpoints takes no record with several requests, as case 7 is" in text

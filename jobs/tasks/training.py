@@ -205,17 +205,18 @@ def _row(step: int, since: list[Figures], validated: Figures, seconds: float) ->
 
 
 def examples_of(source: Store, skip: int) -> list[Example]:
-    """The records of a store but for the first so many, as examples."""
+    """The requests of a store's records but for the first so many, as examples. The paraphrases
+    of a record are its first request's, its neighbours those of all."""
     read: list[Record] = []
     for name in source.list(prefix="shard-", suffix=".parquet"):
         read += records.from_table(source.read_table(name))
     return [
-        Example(
-            record.request,
-            record.paraphrase_prompts,
-            record.neighbors,
-        )
+        example
         for record in read[skip:]
+        for example in (
+            Example(record.request, record.paraphrase_prompts, record.neighbors),
+            *(Example(request, (), record.neighbors) for request in record.further),
+        )
     ]
 
 
