@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -23,6 +24,7 @@ from cluster.clock import REAL, Clock
 from cluster.words import has_credentials
 
 DAMAGED = "_damaged"
+_UNFINISHED = ".tmp-"
 _PIECE = 8 << 20
 _T = TypeVar("_T")
 
@@ -154,7 +156,7 @@ class Store:
             return
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
+        temporary = os.path.join(folder, f"{_UNFINISHED}{uuid.uuid4().hex}")
         try:
             with open(temporary, "xb") as file:  # A new file, and not what a link names.
                 file.write(data)
@@ -291,6 +293,16 @@ class Store:
         """Delete the folder of the store with all that is in it."""
         with self._as_store_error():
             self._opened[0].delete_dir(self._opened[1])
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed left unfinished, which only a local folder keeps.
+
+        A writer that is at work there gets a StoreError.
+        """
+        if self.is_local:
+            with self._as_store_error():
+                for path in Path(self._path("")).rglob(f"{_UNFINISHED}*"):
+                    path.unlink(missing_ok=True)
 
     def set_aside(self, name: str) -> str:
         """Move a damaged file to where no reader looks, and say where that is."""

@@ -37,7 +37,7 @@ from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.labels import folder
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.tasks import stored_edits
-from jobs.tasks.chains import HELD_OUT
+from jobs.tasks.chains import HELD_OUT, remove_what_is_done_with
 from jobs.tasks.evaluation import Evaluation, group_of, held_out, model_facts
 from jobs.tasks.training import trained
 from rome import models
@@ -127,7 +127,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         run=store,
         chains={group: chain for chain in chains for group in groups_of([chain])},
     )
-    return run(
+    outcome = run(
         store.sub("results"),
         [*groups_of(chains), *groups],
         grid,
@@ -138,6 +138,10 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         name=config.name,
         begins=lambda: manifests.goes_on(store),
     )
+    if not outcome.stopped:
+        for chain in chains:
+            remove_what_is_done_with(store, chain)
+    return outcome
 
 
 def _groups(config: RunConfig, benchmark: str, grid: Grid) -> tuple[list[str], list[Chain]]:

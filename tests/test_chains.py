@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from jobs.reduce import reduce
 from jobs.runs import config as configs
 from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import collect
+from jobs.runs.parts import collect, hive_values
 from jobs.status import status
 from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
@@ -107,6 +108,8 @@ def by_hand(
 def test_a_chain_equals_weights_written_by_hand(tmp_path: Path) -> None:
     config = run_config(tmp_path, orders=2)
     assert evaluate(config, str(tmp_path / "run")) == 0
+    states = Store(tmp_path / "run").list("chains/", ".safetensors")
+    assert [name.rpartition("/")[2].split("-")[1] for name in states] == ["0000002", "0000006"] * 2
     rows = rows_of(tmp_path / "run")
     none, chain = rows.filter(editor="none"), rows.filter(pl.col("editor") != "none")
     assert chain["editor"].to_list() == (["chain@2"] * 2 + ["chain@6"] * 6) * 2
@@ -201,6 +204,10 @@ def test_a_chain_goes_on_after_any_lease_and_from_any_state_that_is_left(tmp_pat
         assert lease is not None
         results.write_table(lease.part, EvaluationTask(evaluation).run(lease))
         states = run.list("chains/", ".safetensors")
+        if edits := hive_values(lease.group).get("edits"):
+            # The state of a checkpoint, lost or not, is there again as it was.
+            (name,) = [name for name in states if f"/edits-{int(edits):07d}-" in name]
+            assert hashlib.sha256(run.read_bytes(name)).hexdigest()[:16] in name
         done += 1
         if states and done % 2:
             run.delete(states[-1])
@@ -309,9 +316,17 @@ def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Pa
     assert chain.filter(edits=2)["status"].to_list() == ["ok", "ok"]
     late = chain.filter(edits=6)
     assert late["status"].to_list() == ["error"] * 6
-    assert late["error"].str.contains("its chain ended in batch 3: .*not finite").all()
+    says = r"the chain of chain in order 0 ended in batch 3, case \d+: .*not finite.*--retry-dead"
+    assert late["error"].str.contains(says).all()
     assert late["attempts"].to_list() == [1] * 6
     assert len(table.dead) == 3 + 6
+    batches = [
+        row for name in results.list("batches/") for row in results.read_table(name).to_pylist()
+    ]
+    ended = [row for row in batches if row["status"] == "error"]
+    assert [row["attempts"] for row in ended] == [1] * 3
+    assert len({row["error"] for row in ended}) == 1
+    assert ended[0]["records"] == [records_of(tmp_path)[3].case_id]
     # Tried again with what the editor lacked, the chain goes on where it ended.
     table = drive(retry=True, work=evaluation)
     assert not table.dead
@@ -426,6 +441,7 @@ def test_a_state_is_a_file(tmp_path: Path) -> None:
     state = ChainState(7, {name: DenseDelta(change_DK)}, {"layer.1.keys": torch.arange(3.0)})
     fingerprint = model.fingerprint()
     origin = EditOrigin(editor="memit", model="tiny", model_fingerprint=fingerprint)
+    assert len({dumps_chain(state, origin) for _ in range(9)}) == 1
     found, who = loads_chain(dumps_chain(state, origin), model, fingerprint, "here")
     assert (found.edits, who) == (7, origin)
     assert torch.equal(dense(found.total[name]), change_DK)

@@ -12,14 +12,14 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.grid import Lease
 from cluster.store import Store, StoreError
-from cluster.worker import describe_error
+from cluster.words import printable, redacted
 from jobs.runs.chains import Chain
 from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
@@ -61,6 +61,9 @@ BATCH_SCHEMA = pa.schema(
     ]
 )
 
+_NAMED = 5
+"""Records of a batch that an error names."""
+
 log = logging.getLogger(__name__)
 
 
@@ -87,17 +90,17 @@ class Chains:
 
         A batch that cannot be edited ends its chain: it and those after it have its error.
         """
-        state = self._state(chain, lease.start)
+        try:
+            state = self._state(chain, lease.start)
+        except RecordError as error:  # Of a batch before.
+            return _ended(chain, range(lease.start, lease.stop), error)
         rows: list[dict[str, Any]] = []
         for number in range(lease.start, lease.stop):
             began = time.perf_counter()
             try:
                 state = self._edited(chain, state, number)
             except RecordError as error:
-                log.warning("batch %d of %s cannot be done", number, chain.path, exc_info=error)
-                text = f"its chain ended in batch {number}: {describe_error(error)}"
-                left = range(number, lease.stop)
-                ends = [{"case_id": i, "status": ERROR, "error": text} for i in left]
+                ends = _ended(chain, range(number, lease.stop), error)
                 return [*self._kept(chain, state, rows), *ends]
             rows.append(
                 {
@@ -129,10 +132,17 @@ class Chains:
 
     def _edited(self, chain: Chain, state: ChainState, number: int) -> ChainState:
         batch = self._records(chain.batch(number))
-        _refuse_what_chains_cannot(batch)
-        requests = [record.request for record in batch]
-        _, state = self._editors[chain.editor].go_on(state, requests)
-        refuse_if_not_finite(total_norm(state.total))
+        try:
+            _refuse_what_chains_cannot(batch)
+            requests = [record.request for record in batch]
+            _, state = self._editors[chain.editor].go_on(state, requests)
+            refuse_if_not_finite(total_norm(state.total))
+        except RecordError as error:
+            raise RecordError(
+                f"the chain of {chain.editor} in order {chain.order} ended in batch {number}, "
+                f"{_cases(batch)}: {error}. Leave the record out in another run, or try again with "
+                "--retry-dead"
+            ) from error
         return state
 
     def _norms(self, state: ChainState) -> dict[str, Any]:
@@ -162,10 +172,7 @@ class Chains:
         those that nobody needs any more."""
         if not rows:
             return rows
-        origin = EditOrigin(
-            editor=chain.editor, model=self._model.name, model_fingerprint=self._fingerprint
-        )
-        data = edit_files.dumps_chain(state, origin)
+        data = self._dumped(chain, state)
         digest = hashlib.sha256(data).hexdigest()
         rows[-1] |= {"file": _name(chain, state.edits, digest), "sha256": digest}
         self._run.write_bytes(rows[-1]["file"], data)
@@ -179,24 +186,35 @@ class Chains:
         for name in self._run.list(f"chains/{chain.path}/edits-", ".safetensors"):
             edits = name.rpartition("/")[2].split("-")[1]
             if int(edits) < before and edits not in kept:
-                try:
-                    self._run.delete(name)
-                except FileNotFoundError:
-                    continue  # Another worker did.
+                _delete(self._run, name)
 
     def _state(self, chain: Chain, batches: int) -> ChainState:
         """The chain after so many batches."""
         first, state = self._last_state(chain, batches)
         for number in range(first, batches):
             state = self._edited(chain, state, number)
+        if first < batches:
+            self._put_back(chain, state, batches)
         self._last = chain.path, batches, state
         return state
+
+    def _put_back(self, chain: Chain, state: ChainState, batches: int) -> None:
+        """Commit a state that was lost, so that no other worker has to compute it, too."""
+        row, data = self._batches_done(chain, batches)[batches - 1], self._dumped(chain, state)
+        if row["file"] is not None and row["sha256"] == hashlib.sha256(data).hexdigest():
+            self._run.write_bytes(row["file"], data)
+
+    def _dumped(self, chain: Chain, state: ChainState) -> bytes:
+        origin = EditOrigin(
+            editor=chain.editor, model=self._model.name, model_fingerprint=self._fingerprint
+        )
+        return edit_files.dumps_chain(state, origin)
 
     def _last_state(self, chain: Chain, batches: int) -> tuple[int, ChainState]:
         """The last state that is there, and after how many batches, these at most."""
         if self._last and self._last[:2] == (chain.path, batches):
             return batches, self._last[2]
-        rows = self._batch_rows(chain, batches)
+        rows = self._batches_done(chain, batches)
         for number in range(batches, 0, -1):
             row = rows.get(number - 1)
             if row is None or (row["status"] == OK and row["file"] is None):
@@ -207,25 +225,19 @@ class Chains:
                 return number, state
         return 0, self._editors[chain.editor].begin()
 
-    def _batch_rows(self, chain: Chain, batches: int) -> dict[int, dict[str, Any]]:
+    def _batches_done(self, chain: Chain, batches: int) -> dict[int, dict[str, Any]]:
         """The rows of the batches of a chain that are done, by number.
 
         Raises StoreError while the last of these cannot be seen, since it was committed.
         """
-        results = self._run.sub("results")
-        columns = ("case_id", "status", "error", "file", "sha256")
-        tables = [
-            results.read_table(name, columns)
-            for name in results.list(f"{chain.batches}/part-", ".parquet")
-        ]
         rows: dict[int, dict[str, Any]] = {}
-        for row in (row for table in tables for row in table.to_pylist()):
+        for row in _batch_rows(self._run, chain):
             if row["status"] == OK or row["case_id"] not in rows:
                 rows[row["case_id"]] = row
         if batches and batches - 1 not in rows:
             raise StoreError(
-                f"{results.uri}/{chain.batches} must hold batch {batches - 1}, which is done, and "
-                "does not show it"
+                f"{self._run.uri}/results/{chain.batches} must hold batch {batches - 1}, which is "
+                "done, and does not show it"
             )
         return rows
 
@@ -242,8 +254,51 @@ class Chains:
         return edit_files.loads_chain(data, self._model, self._fingerprint, where)[0]
 
 
+def remove_what_is_done_with(run: Store, chain: Chain) -> None:
+    """Of a chain that no worker works on, keep the states of checkpoints that a batch names, and
+    the last one, from which a chain that ended before its time is tried again."""
+    named = {
+        row["file"]: row["edits"]
+        for row in _batch_rows(run, chain)
+        if row["status"] == OK and row["file"] is not None
+    }
+    wanted = {*chain.grouping.checkpoints, max(named.values(), default=0)}
+    folder = f"chains/{chain.path}"
+    for name in run.list(f"{folder}/", ".safetensors"):
+        if named.get(name) not in wanted:
+            _delete(run, name)
+    run.sub(folder).sweep()
+
+
+def _delete(run: Store, name: str) -> None:
+    with suppress(FileNotFoundError):  # Another one did.
+        run.delete(name)
+
+
+def _batch_rows(run: Store, chain: Chain) -> Iterator[dict[str, Any]]:
+    """The rows of a chain's batches, part by part."""
+    results = run.sub("results")
+    columns = ("case_id", "status", "error", "edits", "file", "sha256")
+    for name in results.list(f"{chain.batches}/part-", ".parquet"):
+        yield from results.read_table(name, columns).to_pylist()
+
+
 def _name(chain: Chain, edits: int, digest: str) -> str:
     return f"chains/{chain.path}/edits-{edits:07d}-{digest[:16]}.safetensors"
+
+
+def _cases(batch: Sequence[Record]) -> str:
+    """The records of a batch in words."""
+    first, more = [str(record.case_id) for record in batch[:_NAMED]], len(batch) - _NAMED
+    which = ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    return f"case {which}" if len(batch) == 1 else f"one of the cases {which}"
+
+
+def _ended(chain: Chain, left: range, error: RecordError) -> list[dict[str, Any]]:
+    """The rows of the batches that cannot be made any more."""
+    log.warning("batch %d of %s cannot be done", left.start, chain.path, exc_info=error)
+    text = printable(redacted(str(error)))
+    return [{"case_id": i, "status": ERROR, "error": text, "records": chain.batch(i)} for i in left]
 
 
 def _refuse_what_chains_cannot(batch: Sequence[Record]) -> None:
