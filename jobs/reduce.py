@@ -73,13 +73,14 @@ def _reduce_one(store: Store, manifest: dict[str, Any], write: bool) -> pl.DataF
 
 
 def _write_chains(store: Store, manifest: dict[str, Any]) -> None:
-    found = chains.read(store)
+    rows = manifest["editors"]
+    found = chains.read(store, rows)
     if len(found):
         from jobs.output import figures  # A run without chains is reduced without matplotlib.
 
         write_table(store, _CHAINS, found)
         title = f"{manifest['name']} · {found['model'][0]}"
-        figures.save(store, {"chains": chains.figure(found, chains.ages(store), title)})
+        figures.save(store, {"chains": chains.figure(found, chains.ages(store, rows), title)})
 
 
 def main(run_dirs: list[str], format: Format = Format.TABLE) -> None:

@@ -23,19 +23,27 @@ _SCORES = ("S", *SUCCESSES, "GE", "RS")
 _DRIFT = ("perplexity", "perplexity_unedited", "agreement", "norm", "norm_change")
 
 
-def read(store: Store) -> pl.DataFrame:
+def read(store: Store, rows: Sequence[str]) -> pl.DataFrame:
     """One row per (benchmark, model, chain, edits) of a run: `rome.analysis.chains.over_orders`,
     and means over orders of drift and of the Frobenius norms of all edited weights together
-    (`norm`) and of what was changed in them (`norm_change`). Empty where it has no chains."""
+    (`norm`) and of what was changed in them (`norm_change`). Empty where it has no chains.
+
+    `rows`: of the run's table, in whose order these are."""
     batches = store.list(f"{PARTS}{BATCHES}", ".parquet")
     if not batches:  # Most runs, whose rows need not be read for this.
         return pl.DataFrame()
-    found = chains.over_orders(collect(store, chains.by_order)).with_columns(_chain())
-    return found.join(_drift(store, batches), on=["chain", "edits"], how="left")
+    found = _sorted(chains.over_orders(collect(store, chains.by_order)), rows)
+    return found.join(
+        _drift(store, batches), on=["chain", "edits"], how="left", maintain_order="left"
+    )
 
 
-def _chain() -> pl.Expr:
-    return pl.col("editor").str.replace(r"@\d+$", "").alias("chain")
+def _sorted(frame: pl.DataFrame, rows: Sequence[str]) -> pl.DataFrame:
+    """With the name of the chain, in the order of the run's table."""
+    places = {row: place for place, row in enumerate(rows)}
+    return frame.with_columns(pl.col("editor").str.replace(r"@\d+$", "").alias("chain")).sort(
+        pl.col("editor").replace_strict(places, default=len(places)), maintain_order=True
+    )
 
 
 def _drift(store: Store, batches: Sequence[str]) -> pl.DataFrame:
@@ -152,6 +160,6 @@ def _coloured(frame: pl.DataFrame) -> Sequence[tuple[str, tuple[str, pl.DataFram
     ]
 
 
-def ages(store: Store) -> pl.DataFrame:
-    """`rome.analysis.chains.by_age` of a run, with the name of the chain."""
-    return collect(store, chains.by_age).with_columns(_chain())
+def ages(store: Store, rows: Sequence[str]) -> pl.DataFrame:
+    """`rome.analysis.chains.by_age` of a run, with the name of the chain, in the same order."""
+    return _sorted(collect(store, chains.by_age), rows)

@@ -69,7 +69,7 @@ def chains_of(config: RunConfig, editor: str, path: str, case_ids: list[int]) ->
     for order in range(grouping.orders):
         ids = list(case_ids)
         if order:
-            random.Random(order).shuffle(ids)
+            random.Random(order).shuffle(ids)  # Python 3.6 to 3.13 shuffle alike.
         for number, start in enumerate(range(0, len(ids), grouping.size)):
             some = tuple(ids[start : start + grouping.size])
             where = f"{path}/{hive_path(order=str(order), chain=str(number))}"

@@ -5,7 +5,7 @@ Legend: G clusters, M metrics, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -30,6 +30,7 @@ LOW_ENTROPY = 0.5
 
 def compare(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     """Every pair of editors on every metric, over the records that both have, paired by `case_id`.
+    Checkpoints of chains are paired after the same number of edits, and with rows of no chain.
 
     `rows`: one row per (`label`, `case_id`), in the order in which labels are to be named, with
     `status`, `relation_id` and the metrics as columns, all as fractions. Columns of the result:
@@ -56,12 +57,19 @@ def compare(rows: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     binary = {name for name in metrics if scored[name].drop_nulls().is_in([0.0, 1.0]).all()}
     found = [
         row
-        for a, b in combinations(labels, 2)
+        for a, b in _comparable(rows, labels)
         for row in _pair(scored.filter(label=a), scored.filter(label=b), metrics, binary)
     ]
     frame = pl.DataFrame(found, schema=_SCHEMA)
     adjusted = multipletests(frame["p"].to_numpy(), method="holm")[1] if len(frame) else []
     return frame.with_columns(pl.Series("p_holm", adjusted, pl.Float64))
+
+
+def _comparable(rows: pl.DataFrame, labels: Sequence[str]) -> Iterator[tuple[str, str]]:
+    edits_of = dict(rows.select("label", "edits").iter_rows()) if "edits" in rows.columns else {}
+    for a, b in combinations(labels, 2):
+        if len({edits_of.get(a), edits_of.get(b)} - {None}) < 2:
+            yield a, b
 
 
 _SCHEMA = {
