@@ -20,7 +20,9 @@ from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.queue import read_parts
 from cluster.store import Store, StoreError, retry
 from jobs.runs import manifests
-from tests.programs.chaos_faults import FAULTS, Scene, judge
+from tests.programs.chaos_chain_faults import ChainScene
+from tests.programs.chaos_chains import ChainSpec, finish_here
+from tests.programs.chaos_faults import FAULTS, Scene, Verdict, judge, wait_for
 from tests.programs.chaos_nodes import Nodes, environment
 from tests.programs.chaos_task import Spec, write_records
 from tests.support import s3_server, tiny
@@ -98,12 +100,7 @@ def test_one_driver_at_a_time(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [
-        "driver killed",
-        pytest.param("workers killed in a row", marks=pytest.mark.long),
-        pytest.param("two drivers", marks=pytest.mark.long),
-    ],
+    "fault", ["two drivers", pytest.param("workers killed in a row", marks=pytest.mark.long)]
 )
 def test_nothing_is_lost_or_there_twice(
     s3: dict[str, str], nodes: Nodes, tmp_path: Path, fault: str
@@ -115,6 +112,25 @@ def test_nothing_is_lost_or_there_twice(
     FAULTS[fault](scene)
     verdict = judge(scene)
     assert (verdict.lost, verdict.duplicated) == (0, 0)
+
+
+def test_a_chain_loses_its_workers_and_its_driver(
+    s3: dict[str, str], nodes: Nodes, tmp_path: Path
+) -> None:
+    spec = ChainSpec(f"s3://{s3_server.BUCKET}/chains", str(tmp_path))
+    scene = ChainScene(nodes, spec, random.Random(0), s3)
+    scene.prepare()
+    inside = "scores 1 4", "batch 0 4"
+    with scene.driver(dies=inside) as process:
+        wait_for(lambda: all(map(spec.died, inside)) or process.poll() is not None)
+        process.kill()
+    assert len(list(tmp_path.glob("died *"))) == 2
+    finish_here(spec)
+    verdict = scene.judge()
+    assert verdict == Verdict(lost=0, duplicated=0, attempts=verdict.attempts)
+    assert verdict.attempts <= 3
+    table = Store(spec.root).read_table("run/chains.parquet")
+    assert table["edits"].to_pylist() == [4, 12]
 
 
 @pytest.fixture(scope="module")

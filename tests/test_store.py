@@ -90,6 +90,10 @@ def test_a_writer_killed_in_the_middle_leaves_nothing_to_read(tmp_path: Path) ->
     result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root)
     assert result.returncode == -9
     assert Store(tmp_path).list() == []
+    Store(tmp_path).write_bytes("part-1.parquet", b"whole")
+    assert len(list(tmp_path.iterdir())) == 2
+    Store(tmp_path).sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["part-1.parquet"]
 
 
 def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:

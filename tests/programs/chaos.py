@@ -16,17 +16,20 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 
-from tests.programs.chaos_faults import FAULTS, Scene, judge
+from tests.programs.chaos_chain_faults import CHAIN_FAULTS, ChainScene
+from tests.programs.chaos_chains import ChainSpec
+from tests.programs.chaos_faults import FAULTS, Scene
 from tests.programs.chaos_nodes import Nodes, environment
-from tests.programs.chaos_task import Spec, write_records
+from tests.programs.chaos_task import Spec
 
 COLUMNS = ("fault", "injected", "recovered", "lost", "duplicated", "attempts", "seconds")
+EVERY: dict[str, Callable[[Any], int]] = {**FAULTS, **CHAIN_FAULTS}
 ON_A_SMALL_DISK = ("disk full", "disk stays full")
 SMALL_DISK = "CHAOS_SMALL_DISK"
 
@@ -34,9 +37,9 @@ SMALL_DISK = "CHAOS_SMALL_DISK"
 def trial(name: str, scene: Scene) -> dict[str, Any]:
     """One fault, one seed."""
     started = time.monotonic()
-    write_records(scene.spec)
-    injected = FAULTS[name](scene)
-    verdict = judge(scene)
+    scene.prepare()
+    injected = EVERY[name](scene)
+    verdict = scene.judge()
     return {
         "injected": injected,
         "recovered": injected if verdict.lost == 0 else 0,
@@ -54,8 +57,11 @@ def trials(name: str, seeds: int, records: int, root: str | None) -> dict[str, A
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as log, _folder() as folder:
                 where = f"{root}/{name.replace(' ', '-')}-{seed}" if root else folder
-                spec = Spec(where, log, records)
-                scene = Scene(nodes, spec, random.Random(seed), variables)
+                luck = random.Random(seed)
+                if name in CHAIN_FAULTS:
+                    scene = ChainScene(nodes, ChainSpec(where, log), luck, variables)
+                else:
+                    scene = Scene(nodes, Spec(where, log, records), luck, variables)
                 try:
                     rows.append(trial(name, scene))
                 except Exception:
@@ -110,9 +116,9 @@ def line(values: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("faults", nargs="*", default=list(FAULTS), help="all by default")
+    parser.add_argument("faults", nargs="*", default=list(EVERY), help="all by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--records", type=int, default=6000)
+    parser.add_argument("--records", type=int, default=6000, help="but for chains")
     parser.add_argument("--store", help="a URI such as s3://bucket/chaos instead of a folder")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # So that no cluster stays behind.

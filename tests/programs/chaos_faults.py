@@ -14,17 +14,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from cluster.store import Store
 from tests.programs.chaos_nodes import Nodes
-from tests.programs.chaos_task import GROUP, SHARDS, Spec
+from tests.programs.chaos_task import GROUP, SHARDS, Spec, write_records
 from tests.support.commands import program
 
-TASK = "tests.programs.chaos_task"
-LIMIT = 150
+LIMIT = 300
 
 
 @dataclass
@@ -38,11 +37,18 @@ class Scene:
     said: str = ""
     poison: dict[int, str] = field(default_factory=dict)
     """Case ids that must end as dead letters, and what their errors say."""
+    task: ClassVar[str] = "tests.programs.chaos_task"
+
+    def prepare(self) -> None:
+        write_records(self.spec)
+
+    def judge(self) -> Verdict:
+        return judge(self)
 
     def driver(self, **changes: Any) -> AbstractContextManager[subprocess.Popen[str]]:
         """A driver in a process of its own, killed at the end if it still runs."""
         environment = self.environment | {"RAY_ADDRESS": self.nodes.address}
-        return program(TASK, self.spec.changed(**changes).dump(), environment)
+        return program(self.task, self.spec.changed(**changes).dump(), environment)
 
     def finish(self, process: subprocess.Popen[str], status: int = 0) -> dict[str, Any]:
         """What a driver answers that must end with a status."""
