@@ -10,6 +10,8 @@ from jobs.commands.export import app as app
 if __name__ == "__main__":
     app()  # It comes back for what follows as a module.
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from cluster.store import Store
@@ -42,30 +44,42 @@ def export(run_dir: str, row: str, out: Path, order: int = 0, chain: int = 0) ->
         raise ValueError(f"{store.uri} has no checkpoint '{row}', but {chained or 'no chains'}")
     group = group_of(config, manifest["benchmark"]["name"], editor)
     path = f"{group}/{hive_path(order=str(order), chain=str(chain))}"
-    file = _state_of(store, path, int(edits))
+    file, data = _state_of(store, path, int(edits))
     model = load_model(config.model)
     if (now := model.fingerprint()) != manifest["model_fingerprint"]:
         raise ValueError(
             f"{config.model.source} must have the weights of the run, whose fingerprint is "
             f"{manifest['model_fingerprint'][:16]}, and has {now[:16]}"
         )
-    state, _ = edit_files.loads_chain(store.read_bytes(file), model, now, f"{store.uri}/{file}")
+    state, _ = edit_files.loads_chain(data, model, now, f"{store.uri}/{file}")
     total = sequences.scored(model, config.grouping(editor), state)
     with written(model, Edit(edit_files.OF_A_CHAIN, total)):
         model.hf.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
 
 
-def _state_of(store: Store, path: str, edits: int) -> str:
-    """The file of a chain's state after so many edits."""
+def _state_of(store: Store, path: str, edits: int) -> tuple[str, bytes]:
+    """The file of a chain's state after so many edits, and its content."""
     results = store.sub("results")
-    for name in results.list(f"{BATCHES}{path}/part-", ".parquet"):
-        for batch in results.read_table(name, ("edits", "file")).to_pylist():
+    columns = ("edits", "file", "sha256")
+    for part in results.list(f"{BATCHES}{path}/part-", ".parquet"):
+        for batch in results.read_table(part, columns).to_pylist():
             if batch["edits"] == edits and batch["file"] is not None:
-                return str(batch["file"])
+                return batch["file"], _content(store, part, batch["file"], batch["sha256"])
     raise ValueError(
         f"{store.uri} has not made {edits} edits of {path} yet: run jobs.evaluate to its end, or "
         "give an --order and a --chain that it has"
+    )
+
+
+def _content(store: Store, part: str, file: str, sha256: str) -> bytes:
+    with suppress(FileNotFoundError):
+        data = store.read_bytes(file)
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+    raise ValueError(
+        f"{store.uri}/{file} is gone or damaged. Move results/{part} there away: the line that "
+        "began the run computes both again"
     )
 
 

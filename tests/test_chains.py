@@ -25,7 +25,7 @@ from cluster.here import drive_here
 from cluster.progress import Progress
 from cluster.queue import LeaseTable
 from cluster.store import Store
-from jobs.compare import read
+from jobs.compare import compare, read
 from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.inputs.record_stores import grid_of, prepare
@@ -161,6 +161,13 @@ def evaluation_of(config: RunConfig, folder: Path) -> tuple[Evaluation, list[str
         chains={group: chain for chain in chains for group in groups_of([chain])},
     )
     return evaluation, groups
+
+
+def test_an_order_is_the_same_in_every_python(tmp_path: Path) -> None:
+    """A chain is gone on with by its order, whichever Python the next driver has."""
+    config = run_config(tmp_path, orders=3)
+    orders = [chain.case_ids for chain in chains_of(config, "chain", "x", [0, 1, 2, 3, 4, 5])]
+    assert orders == [(0, 1, 2, 3, 4, 5), (2, 3, 5, 0, 4, 1), (2, 3, 1, 4, 5, 0)]
 
 
 def task_of(config: RunConfig, folder: Path) -> TaskOf:
@@ -351,6 +358,11 @@ def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:
     compared = read([out]).filter(label="chain@6").sort("case_id")
     expected = last.group_by("case_id").agg(pl.col("EM").mean()).sort("case_id")
     assert compared["EM"].to_list() == pytest.approx(expected["EM"].to_list())
+    pairs, _, _ = compare([out], ["EM"])
+    assert set(pairs.select("a", "b").rows()) == {
+        ("chain@2", "unedited"),
+        ("chain@6", "unedited"),
+    }
     orders = chains.by_order(scan([out]))
     assert orders.select("editor", "order").rows() == [
         ("chain@2", 0),
@@ -392,6 +404,16 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path) -> None
         export(out, "chain@4", tmp_path / "other")
     with pytest.raises(ValueError, match=r"has not made 6 edits of .*order=1"):
         export(out, "chain@6", tmp_path / "other", order=1)
+    # A state that somebody damaged is computed again.
+    run = Store(out)
+    state = run.list("chains/", ".safetensors")[-1]
+    whole = run.read_bytes(state)
+    run.write_bytes(state, whole[:-8])
+    with pytest.raises(ValueError, match=f"{state} is gone or damaged. Move results/") as why:
+        export(out, "chain@6", tmp_path / "other")
+    run.delete(str(why.value).split("Move ")[1].split(" there")[0])
+    assert evaluate(config, out) == 0
+    assert run.read_bytes(state) == whole
 
 
 def mean_of(rows: pl.DataFrame) -> float:
