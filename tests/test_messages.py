@@ -13,7 +13,7 @@ SOURCES = (
     *sorted((ROOT / "cluster").glob("*.py")),
     *(ROOT / "jobs" / name for name in ("evaluate.py", "cli.py")),
     *sorted((ROOT / "jobs" / "runs").glob("*.py")),
-    *(ROOT / "jobs" / "tasks" / name for name in ("evaluation.py", "loading.py")),
+    *(ROOT / "jobs" / "tasks" / name for name in ("chains.py", "evaluation.py", "loading.py")),
 )
 SPEAK = {"note", "_note", "say", "RunError", "LockedError", "StoreError", "DamagedError"}
 SPEAK |= {"ConfigError", "ValueError", "RuntimeError", "FileNotFoundError", "RecordError"}
