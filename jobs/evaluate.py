@@ -58,21 +58,7 @@ def evaluate(config: RunConfig, out: str) -> int:
     See `jobs.cli.ended`. Raises ConfigError, LockedError, RunError or ValueError with nothing lost
     that was done.
     """
-    outcome = _rows(config, out)
-    if outcome.done:
-        show(reduce([out]))
-        show_chains([out])
-    status = cli.ended(outcome, "rows", "case")
-    _say_where(status, outcome.seconds, out)
-    return status
-
-
-def _say_where(status: int, seconds: float, out: str) -> None:
-    """The folder of a run that came to its end, its time, and what may follow."""
-    if status != cli.STOPPED:
-        uri = Store(out).uri
-        say(f"run: {uri}, in {clock(seconds)}")
-        say(f"next: {cli.shell('report', uri, '--out', 'report.html')}")
+    return _ended([config], [out])
 
 
 def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:
@@ -85,19 +71,30 @@ def evaluate_each(chosen: Sequence[RunConfig], out: str) -> int:
         return evaluate(chosen[0], out)
     for config in chosen:
         _outlined(config)
-    folders, statuses = [], []
-    for config in chosen:
-        folder = Store(out).sub(quote(config.model.name, safe="")).uri
-        say(f"{config.model.name}: {folder}")
-        outcome = _rows(config, folder)
-        folders += [folder] if outcome.done else []
-        statuses.append(cli.ended(outcome, "rows", "case"))
-        if statuses[-1] == cli.STOPPED:
+    names = [quote(config.model.name, safe="") for config in chosen]
+    return _ended(chosen, [Store(out).sub(name).uri for name in names])
+
+
+def _ended(chosen: Sequence[RunConfig], folders: Sequence[str]) -> int:
+    """Do what is left of runs, one after another, and tell their end."""
+    outcomes: dict[str, Outcome] = {}
+    for config, out in zip(chosen, folders, strict=True):
+        if len(chosen) > 1:
+            say(f"{config.model.name}: {out}")
+        outcomes[out] = _rows(config, out)
+        if outcomes[out].stopped:
             break
-    if folders:
-        show(reduce(folders))
-        show_chains(folders)
-    return max(statuses)  # Stopped, else with dead letters, else done.
+    if begun := [out for out, outcome in outcomes.items() if outcome.done]:
+        show(reduce(begun))
+        show_chains(begun)
+    statuses = {out: cli.ended(outcome, "rows", "case") for out, outcome in outcomes.items()}
+    ends = {Store(out).uri: outcomes[out] for out in statuses if statuses[out] != cli.STOPPED}
+    for uri, outcome in ends.items():
+        say(f"run: {uri}, in {clock(outcome.seconds)}")
+    for uri in ends:  # A report is of one model.
+        page = f"{uri.rpartition('/')[2]}.html" if len(chosen) > 1 else "report.html"
+        say(f"next: {cli.shell('report', uri, '--out', page)}")
+    return max(statuses.values())  # Stopped, else with dead letters, else done.
 
 
 def _rows(config: RunConfig, out: str) -> Outcome:

@@ -283,6 +283,9 @@ def test_several_models_are_one_run_with_one_table(
     assert status == 0, text
     assert text.count("NS_plus: NS after") == 1  # Below the one table.
     folders = {"tiny-gpt2": "tiny-gpt2", "tiny/llama": "tiny%2Fllama"}
+    for name in folders.values():  # The end says where each is, and what may follow.
+        assert f"run: {out / name}, in 0:" in text
+        assert f"next: python -m jobs.report {out / name} --out {name}.html" in text
     manifests = [
         json.loads((out / name / "manifest.json").read_text()) for name in folders.values()
     ]
