@@ -63,7 +63,7 @@ def retry(call: Callable[[], _T], seconds: float, clock: Clock = REAL) -> _T:
 
 def _refuse_what_gets_lost(uri: str) -> None:
     parts = urlsplit(uri)
-    if "#" in uri or (parts.query and parts.scheme == "file"):
+    if "#" in uri or ("?" in uri and (parts.scheme == "file" or not parts.query)):
         raise ValueError(
             "a URI must have its '#' and '?' as %23 and %3F, or pyarrow drops what follows, "
             f"got {uri}"
@@ -84,7 +84,8 @@ class Store:
     Names are relative, with `/` between folders. A file is there whole or not at all, however the
     process that writes it ends. Picklable. Relative paths are made absolute when the store is made.
     A path is taken as it is; in a URI `%`, `#` and `?` of a name are percent-encoded.
-    Making one raises ValueError if pyarrow would drop a part of a URI, or if it holds a password.
+    Making one raises ValueError if pyarrow would drop a part of a URI, or if it holds a password;
+    its first use does if pyarrow cannot open such a URI.
     Every method raises StoreError where the store does not do what it is asked: MissingError, which
     is also a FileNotFoundError, where a file is not there.
     """
@@ -95,13 +96,24 @@ class Store:
         text = os.fspath(uri)
         if "://" in text:
             _refuse_what_gets_lost(text)
+        elif found := re.match(r"([A-Za-z][\w+.-]+):/", text):
+            raise ValueError(
+                f"a URI has two slashes, such as {found[1]}://, and a folder of that name is "
+                f"./{found[0]}, got {text}"
+            )
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(text))
 
     @cached_property
     def _opened(self) -> tuple[fs.FileSystem, str]:
         if "://" not in self.uri:
             return fs.LocalFileSystem(), self.uri
-        filesystem, root = fs.FileSystem.from_uri(self.uri)
+        try:
+            filesystem, root = fs.FileSystem.from_uri(self.uri)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                "a URI must be one that pyarrow can open, with the '?' of a name as %3F, got "
+                f"{self.uri}: {error}"
+            ) from None
         return filesystem, root
 
     def _path(self, name: str) -> str:

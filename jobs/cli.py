@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import RenderableType
 
 from cluster.words import PlainConsole, deliberate, printable, redacted
+from rome.paths import local
 
 if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
     from cluster.run import Outcome
@@ -30,6 +32,14 @@ def new_app(**options: Any) -> typer.Typer:
     return typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options
     )
+
+
+def on_this_machine(path: Path | None) -> Path | None:
+    """The callback of an option that takes a path and no URI."""
+    try:
+        return path and local(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ from rome.edits import files as edit_files
 from rome.edits import peft_export
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory
-from rome.paths import CONFIGS, workspace
+from rome.paths import CONFIGS, local, workspace
 from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
 
@@ -76,6 +76,8 @@ def edit(
         request = Request(prompt, subject, target, target_true)
         request.check()
         _check_export(export)
+        if out:
+            local(out)
         config = _config(model, dtype)
         settings = _settings(editor, config["editors"].get(editor, {}), overrides or [])
         loaded = _load(config)
@@ -178,6 +180,8 @@ def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
 def _check_export(target: tuple[str, Path] | None) -> None:
     if target and target[0] != "peft":
         raise ValueError(f"--export takes `peft DIR`, got '{target[0]}'")
+    if target:
+        local(target[1])
 
 
 def _export(model: EditableModel, edit: Edit, target: tuple[str, Path] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -26,6 +27,16 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def local(path: str | os.PathLike[str]) -> Path:
+    """A path on this machine. Raises ValueError for a URI, which would be a folder named `s3:`."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(path)):
+        raise ValueError(
+            f"this must be a path on this machine and no URI, got {path}; a folder of that name is "
+            f"./{path}"
+        )
+    return Path(path)
+
+
 def own_file(path: Path) -> Path:
     """`configs/...` is the project's own file wherever a command runs, unless there is one."""
     own = CONFIGS.parent / path
@@ -35,6 +46,7 @@ def own_file(path: Path) -> Path:
 def workspace() -> Path:
     """The default folder of stores and runs: $ROME_WORKSPACE, else ~/rome-workspace.
 
-    Absolute, because a Ray job's working directory is a copy that is deleted.
+    Absolute, because a Ray job's working directory is a copy that is deleted. Raises ValueError as
+    `local`.
     """
-    return Path(os.environ.get("ROME_WORKSPACE", "~/rome-workspace")).expanduser().resolve()
+    return local(os.environ.get("ROME_WORKSPACE", "~/rome-workspace")).expanduser().resolve()

@@ -72,6 +72,7 @@ def test_help(name: str) -> None:
             "/nowhere is not a run directory",
         ),
         (["status", "/nowhere"], "/nowhere is not a run directory"),
+        (["report", "/nowhere", "--out", "s3://bucket/report.html"], "no URI, got s3:/bucket"),
         (["study", "make", "/nowhere", "--out", "x"], "/nowhere is not a run directory"),
     ],
 )

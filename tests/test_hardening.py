@@ -25,7 +25,7 @@ from rome.edits import files as edit_files
 from rome.files import replacing
 from rome.models import files as model_files
 from rome.options import ConfigError
-from rome.paths import CONFIGS, inside
+from rome.paths import CONFIGS, inside, local
 from rome.second_moment import import_npz
 from tests.support import tiny
 from tests.support.commands import command
@@ -39,6 +39,29 @@ def test_names_do_not_leave_the_workspace(name: str, tmp_path: Path) -> None:
         inside(tmp_path, name)
     with pytest.raises(ValueError, match="give another name"):
         trained(name)
+
+
+def test_a_path_that_is_no_path_makes_no_folder_of_the_scheme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes a path alone refuses a URI, and what takes both a URI that is none."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no URI, got s3:/bucket/a"):
+        local(Path("s3://bucket/a"))
+    for job, *line in (
+        ("compare", "x", "--out", "s3://bucket/a"),
+        ("export", "x", "memit@1", "--out", "file:///tmp/a"),
+        ("study", "make", "x", "--out", "gs://bucket/a"),
+    ):
+        status, text = command(job, *line)
+        assert (status, "no URI" in text) == (2, True), text
+    config = CONFIGS / "runs" / "everyday-rome.yaml"
+    for out, message in (("s3:/b/run", "two slashes"), ("file:///tmp/run?1", "as %23 and %3F")):
+        status, text = command("evaluate", config, "--out", out, ROME_WORKSPACE=tmp_path / "w")
+        assert (status, message in text) == (1, True), text
+    status, text = command("evaluate", config, ROME_WORKSPACE="s3://bucket/w")
+    assert (status, "no URI, got s3://bucket/w" in text) == (1, True), text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_runs_name_does_not_leave_the_workspace(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.store import Store
+from cluster.words import deliberate
 
 TABLE = pa.table({"case_id": [1, 2, 3], "text": ["a", None, "é"]})
 
@@ -136,6 +137,10 @@ def test_odd_names_are_the_same_folder_as_path_and_as_uri(tmp_path: Path, name: 
     [
         ("file:///tmp/a#b", "as %23 and %3F"),
         ("file:///tmp/a?b", "as %23 and %3F"),
+        ("file:///tmp/a?", "as %23 and %3F"),
+        ("gs://bucket/a?", "as %23 and %3F"),
+        ("file:/tmp/a", "two slashes, such as file://"),
+        ("s3:/bucket/a", "two slashes, such as s3://"),
         ("s3://bucket/a#b", "as %23 and %3F"),
         ("s3://bucket/50%", "'%' of a name as %25"),
         ("s3://key:hush@bucket/a", "no password or key in it"),
@@ -150,3 +155,11 @@ def test_a_uri_loses_nothing_and_tells_no_secret(uri: str, message: str) -> None
     with pytest.raises(ValueError, match=message) as caught:
         Store(uri)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/run?1", "file://tmp/a", "nowhere://bucket/a"])
+def test_a_uri_that_cannot_be_opened_is_the_users_error(uri: str) -> None:
+    with pytest.raises(ValueError, match="one that pyarrow can open") as caught:
+        Store(uri).list()
+    assert uri in str(caught.value)
+    assert deliberate(caught.value)

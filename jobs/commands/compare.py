@@ -26,7 +26,10 @@ def main(
         typer.Option(help="A metric; may be repeated [those of the paper's table]."),
     ] = None,
     format: Annotated[Format, typer.Option(help="What to print.")] = Format.TABLE,
-    out: Annotated[Path | None, typer.Option(help="Write the pairs to this Parquet file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the pairs to this Parquet file.", callback=cli.on_this_machine),
+    ] = None,
 ) -> None:
     """Compare the editors of one or more runs in pairs, record by record."""
     with cli.errors():

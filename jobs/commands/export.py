@@ -16,7 +16,7 @@ app = cli.new_app()
 def main(
     run_dir: Annotated[str, typer.Argument(help="Run directory, local or s3://...")],
     row: Annotated[str, typer.Argument(help="A checkpoint of its table, such as memit@1000.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model.", callback=cli.on_this_machine)],
     order: Annotated[int, typer.Option(help="Which order of the chain.")] = 0,
     chain: Annotated[int, typer.Option(help="Which chain, where the records make several.")] = 0,
 ) -> None:

@@ -17,7 +17,9 @@ def main(
     run_dirs: Annotated[
         list[str], typer.Argument(help="Run directories of evaluate, sweep and trace.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Option(help="The file to write.", callback=cli.on_this_machine)
+    ] = Path("report.html"),
     texts: Annotated[
         int, typer.Option(min=0, help="Generated texts to show of each record and editor.")
     ] = 2,

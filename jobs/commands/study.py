@@ -15,7 +15,7 @@ app = cli.new_app(no_args_is_help=True)
 @app.command("make")
 def make_command(
     run_dirs: Annotated[list[str], typer.Argument(help="One or two run directories.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder.", callback=cli.on_this_machine)],
     a: Annotated[
         str | None, typer.Option(help="An editor [the only one, or the first of two].")
     ] = None,
