@@ -30,9 +30,9 @@ from jobs.inputs.record_stores import check, grid_of, record_store
 from jobs.inputs.sources import reversed_prompts
 from jobs.reduce import reduce, show, show_chains
 from jobs.runs import config as configs
-from jobs.runs import manifests
+from jobs.runs import growth, manifests
 from jobs.runs.chains import Chain, chains_of, groups_of, rows_of, with_chains
-from jobs.runs.config import RunConfig
+from jobs.runs.config import RunConfig, SliceConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.labels import folder
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
@@ -103,11 +103,16 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     if config.edits:  # Absolute, since a worker's folder is another.
         config = replace(config, edits=Store(config.edits).uri)
     check(records)
-    benchmark = manifests.benchmark(records)["name"]
     rows = config.lease(gpus=False)
     grid = grid_of(records, config.records, rows, max(map(config.together, config.editors)))
-    groups, chains = _groups(config, benchmark, grid)
-    manifest = _manifest(config, store, records, rows_of(config, grid, chains))
+    groups, chains = _groups(config, manifests.benchmark(records)["name"], grid)
+    now = {
+        "config": configs.plain(config),
+        "benchmark": manifests.benchmark(records),
+        "protocol": PROTOCOL,
+    }
+    counts = {"records": len(grid), "table_rows": rows_of(config, grid, chains)}
+    manifest = _manifest(config, store, records, grid, now, counts)
     grid = replace(grid, origin=manifests.origin(manifest))
     config = _sized(config, manifest.get("model_bytes", 0))
     if chains:
@@ -133,7 +138,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
-        begins=lambda: manifests.goes_on(store),
+        begins=lambda: manifests.goes_on(store, now, counts),
     )
     if not outcome.stopped:
         for chain in chains:
@@ -172,17 +177,17 @@ def _sized(config: RunConfig, model_bytes: int) -> RunConfig:
 
 
 def _manifest(
-    config: RunConfig, store: Store, records: Store, rows: dict[str, int]
+    config: RunConfig,
+    store: Store,
+    records: Store,
+    grid: Grid,
+    now: dict[str, Any],
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
     """The run's manifest: the one there, if it is of the same run, or a new one, written first.
 
-    `rows`: see `jobs.runs.chains.rows_of`.
+    `now`, `counts`: see `manifests.goes_on`.
     """
-    now = {
-        "config": configs.plain(config),
-        "benchmark": manifests.benchmark(records),
-        "protocol": PROTOCOL,
-    }
     if store.exists(MANIFEST):
         there = manifests.read(
             store,
@@ -191,6 +196,9 @@ def _manifest(
             "line writes it again and goes on with the rows that are there.",
         )
         manifests.refuse_another(store, there, now)
+        if growth.grows(there, now):
+            had = SliceConfig(**there["config"]["records"])
+            growth.refuse(config, grid_of(records, had, grid.rows), grid)
         for key, what in _FILES.items():
             for known in there[key].values():
                 if Path(known["file"]).exists():  # The workers' files may be on other machines.
@@ -209,9 +217,8 @@ def _manifest(
         **now,
         **facts,
         "reversed_prompts": reversed_prompts(),
-        "editors": list(rows),
-        "table_rows": rows,
-        "records": len(grid_of(records, config.records, 1)),
+        "editors": list(counts["table_rows"]),
+        **counts,
         "records_store": records.uri,
         "second_moments": {
             str(layer): {"file": file, "sha256": file_sha256(file)} for layer, file in files.items()

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from polars.testing import assert_frame_equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.grid import Grid
@@ -32,6 +34,7 @@ from jobs.inputs.record_stores import grid_of, prepare
 from jobs.reduce import app as reduce_app
 from jobs.reduce import reduce
 from jobs.runs import config as configs
+from jobs.runs import growth
 from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import collect, hive_values
@@ -432,6 +435,54 @@ def test_what_cannot_be_a_chain_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "results").exists()
     with pytest.raises(ConfigError, match="leave `edits` out"):
         run_config(tmp_path, "edits=somewhere")
+
+
+def test_a_run_takes_more_records_and_keeps_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With chains, which become more; the numbers are those of a run that began with all."""
+    short = {"sequence": 2, "checkpoints": [2]}
+    folder = tmp_path / "run"
+    assert evaluate(run_config(tmp_path, "records.limit=4", **short), str(folder)) == 0
+    parts = {path: path.stat().st_mtime_ns for path in folder.glob("results/**/*.parquet")}
+    capsys.readouterr()
+    grown = run_config(tmp_path, **short)
+    assert evaluate(grown, str(folder)) == 0
+    assert "the run takes 6 records, and had 4" in capsys.readouterr().err
+    assert parts == {path: path.stat().st_mtime_ns for path in parts}
+    assert evaluate(replace(grown, name="all"), str(tmp_path / "all")) == 0
+    left = ("run", "worker", "attempts")
+    rows, others = (
+        rows_of(tmp_path / name).drop(left, cs.starts_with("seconds_")) for name in ("run", "all")
+    )
+    assert len(rows) == 12
+    assert_frame_equal(rows, others)
+    table = reduce([str(folder)])
+    assert table["n"].to_list() == table["records"].to_list() == [6, 6]
+    assert (status(Store(folder)).total, status(Store(folder)).left) == (12, 0)
+    # Nothing else may change.
+    for key, message in (
+        ("records.limit=4", "config.records.limit: None there, 4 now"),
+        ("editors.chain.layer=0", "config.editors.chain.layer: 1 there, 0 now"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(run_config(tmp_path, key, **short), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sequence": 3, "checkpoints": [3], "orders": 2}, "made in 2 orders cannot take more"),
+        ({"sequence": 2, "checkpoints": []}, "whole groups of 2, .* the last of its 3 has 1"),
+    ],
+)
+def test_a_run_whose_rows_would_be_others_takes_no_more_records(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    config = run_config(tmp_path, **row)
+    had, has = (Grid(((0, 1, 2, 3)[:rows], (4, 5)[: rows - 3]), 2) for rows in (3, 6))
+    with pytest.raises(ConfigError, match=message):
+        growth.refuse(config, had, has)
 
 
 def test_the_drift_of_a_model_that_is_edited(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cluster.lock import RunLock
 from cluster.origin import Origin
 from cluster.store import DamagedError, Store
 from jobs.cli import say
-from jobs.runs import differences
+from jobs.runs import differences, growth
 from rome import options
 from rome.files import locked, replacing
 from rome.json_text import JsonError, parsed
@@ -40,6 +40,7 @@ _KINDS: dict[str, Any] = {
     "weights": dict[str, dict[Literal["file", "sha256"], str]],
     "code": dict[str, str],
     "later_code": list[dict[str, str]],
+    "grown": list[dict[Literal["since", "from"], str | int]],
     "parts_say_it": bool,
     "facts": dict[str, str],
     "embedding_std": float,
@@ -111,7 +112,10 @@ def benchmark(records: Store) -> dict[str, Any]:
 
 
 def refuse_another(store: Store, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the manifest in a run directory is not what this run has `now`."""
+    """Raises ConfigError if the manifest in a run directory is not what this run has `now`, but for
+    more records."""
+    if growth.grows(there, now):
+        now = growth.but_for_limit(now, there)
     differences.refuse_another(store.uri, {key: there[key] for key in now}, dict(now), "run")
 
 
@@ -164,6 +168,8 @@ def origin(manifest: Mapping[str, Any]) -> Origin:
     """What the parts of a run say of themselves: its name and short hashes of what makes its
     numbers."""
     values = {key: manifest[key] for key in _MADE_OF if key in manifest}
+    if "config" in manifest:
+        values["config"] = growth.first_config(manifest)
     for key in ("second_moments", "weights"):  # By content: files may lie elsewhere.
         values[key] = {name: known["sha256"] for name, known in manifest.get(key, {}).items()}
     facts = {key: _short(value) for key, value in values.items()}
@@ -178,8 +184,21 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def goes_on(store: Store) -> None:
-    """Record in a run's manifest that other code goes on with it, and say so; its lock is held."""
+def goes_on(store: Store, now: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+    """Record in a run's manifest that it takes more records, or that other code goes on with it,
+    and say so; its lock is held.
+
+    `now`: what the run is of, see `refuse_another`; `counts`: its `records` and `table_rows`.
+    """
+    there = read(store, now)
+    refuse_another(store, there, now)  # Another driver may have been here.
+    if growth.grows(there, now):
+        say(f"note: the run takes {counts['records']} records, and had {there['records']}")
+        write(store, growth.grown(there, {**now, **counts}))
+    _by_other_code(store)
+
+
+def _by_other_code(store: Store) -> None:
     there, now = read(store, ()), code()
     known = [there.get("code", {}), *there.get("later_code", [])]
     if now.items() <= known[-1].items():
