@@ -5,13 +5,14 @@ The driver knows nothing else of the world. tests/support/simulation.py has anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 
+from cluster import told
 from cluster.clock import REAL, Clock
 from cluster.grid import Lease
 from cluster.nodes import draining_nodes, lacking, node_was_lost, workers_that_fit
@@ -46,6 +47,9 @@ class Crew(Protocol):
     ) -> Iterator[tuple[Any, Booted | Report | Lost]]:
         """The answers that are there, or the next one if it comes within so many seconds."""
 
+    def told(self, leases: Iterable[Lease]) -> dict[Lease, float]:
+        """How many rows are done of each lease whose worker tells of it."""
+
     def end(self, worker: Any) -> None:
         """End a worker, dead or alive, at once."""
 
@@ -60,10 +64,10 @@ class Crew(Protocol):
 
 
 class RayCrew:
-    """Actors of Ray. make: an actor's handle."""
+    """Actors of Ray. make: an actor's handle. store: where the run's rows are, its address."""
 
-    def __init__(self, settings: RunSettings, make: Callable[[], Any]) -> None:
-        self._settings, self._make = settings, make
+    def __init__(self, settings: RunSettings, make: Callable[[], Any], store: str) -> None:
+        self._settings, self._make, self._store = settings, make, store
         self.clock = REAL
 
     def start(self) -> tuple[Any, Any]:
@@ -85,6 +89,11 @@ class RayCrew:
             # Not only RayActorError: OutOfMemoryError is none, and an answer may fail to unpickle.
             except Exception as error:
                 yield ref, Lost(_in_one_line(error), node_was_lost(error))
+
+    def told(self, leases: Iterable[Lease]) -> dict[Lease, float]:
+        with suppress(Exception):  # The bar stands still while Ray's head does.
+            return told.read(self._store, leases)
+        return {}
 
     def end(self, worker: Any) -> None:
         with suppress(Exception):  # It may be dead, and so may the cluster.

@@ -24,7 +24,7 @@ BOOT_FAILURES = 4
 STOP_SECONDS = 25.0
 """Seconds that leases in flight have after SIGINT or SIGTERM: 30, less the time to end."""
 LOOK_SECONDS = 2.0
-"""Between two looks at the cluster's nodes."""
+"""Between two looks at the cluster's nodes, or at what workers tell of their leases."""
 SLOW = 2.0
 """An idle worker copies a lease that has taken so many times as long as leases take."""
 REST_SECONDS = 30.0
@@ -59,6 +59,7 @@ class Driver:
         self._progress, self._metrics = progress, metrics
         self._slots: list[Slot] = []
         self._looked, self._said_waiting = 0.0, -LOG_SECONDS
+        self._asked, self._told = 0.0, dict[Lease, float]()
         self._draining: set[str] = set()
         self._record_seconds: deque[float] = deque(maxlen=64)
         self._failing_since: float | None = None
@@ -271,7 +272,12 @@ class Driver:
 
     def _show(self) -> None:
         ready, done = sum(slot.ready for slot in self._slots), len(self._table.done)
-        self._progress.update(done, len(self._table.dead), ready, len(self._slots))
+        under_way = {slot.oldest for slot in self._slots if slot.ready} - {None}
+        if self._clock.now() - self._asked >= LOOK_SECONDS:
+            self._asked = self._clock.now()
+            self._told = self._crew.told(filter(None, under_way))
+        inside = sum(rows for lease, rows in self._told.items() if lease in under_way)
+        self._progress.update(done, len(self._table.dead), ready, len(self._slots), inside)
         self._metrics.now(
             left=self._table.total - done,
             in_flight=sum(len(slot.calls) for slot in self._slots if slot.ready),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster import told
 from cluster.driver import RunError
 from cluster.grid import Grid, Lease
 from cluster.lease_log import kept_log, log_of
@@ -41,13 +42,17 @@ def drive_here(
     task = work.task()
     if expect is not None and (facts := task.describe()) != expect:
         raise RunError(difference(expect, facts))
-    progress.update(len(table.done), len(table.dead), 1, 1)
+
+    def under_way(rows: float) -> None:
+        progress.update(len(table.done), len(table.dead), 1, 1, rows)
+
+    under_way(0)
     while not table.finished and not stop.is_set():
         began = time.monotonic()
         lease = table.lease(_HERE)
         assert lease is not None
         try:
-            with kept_log(store, log_of(lease)):
+            with kept_log(store, log_of(lease)), told.heard(under_way):
                 rows = _run(task, grid, lease)
         except (StoreError, DamagedError):
             raise
@@ -62,7 +67,7 @@ def drive_here(
         errors, _ = commit(store, grid, lease, rows)
         table.complete(_HERE, lease, errors)
         progress.finished(lease.group, grid.size(lease), time.monotonic() - began)
-        progress.update(len(table.done), len(table.dead), 1, 1)
+        under_way(0)
     return not table.finished
 
 

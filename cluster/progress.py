@@ -33,7 +33,7 @@ class Rate:
 
     def add(self, now: float, done: int) -> None:
         """Tell how many rows there are at a time; the first call only sets the origin."""
-        if not self._changes or done != self._changes[-1][1]:
+        if not self._changes or done > self._changes[-1][1]:
             self._changes.append((now, done))
 
     def per_second(self, now: float) -> float:
@@ -99,8 +99,12 @@ class Progress:
         self._seconds[group] = before + (each - before) * _NEWEST
         self._left[group] = max(0, self._left.get(group, 0) - rows)
 
-    def update(self, done: int, dead: int, ready: int, workers: int) -> None:
-        """Rows and dead letters in the store, and how many of the workers are ready."""
+    def update(
+        self, done: int, dead: int, ready: int, workers: int, under_way: float = 0.0
+    ) -> None:
+        """Rows and dead letters in the store, how many of the workers are ready, and what they have
+        done of their leases, in rows; these are shown as done, a lost lease's until it is lost."""
+        done += int(under_way)
         self._done, self._dead, self._workers = done, dead, (ready, workers)
         now = time.monotonic()
         if ready:  # The start of Ray and of the workers is not part of the rate.

@@ -151,7 +151,7 @@ def run(
                     "(workers.num_gpus)."
                 )
             actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
-            crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name))
+            crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name), store.uri)
             write, metrics = dead_rows(store, grid, work), Metrics(name)
             driver = Driver(table, grid, now, crew, write, expect, progress, metrics)
             return driver.drive(stop, lock)

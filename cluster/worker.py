@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cluster import lease_log
+from cluster import lease_log, told
 from cluster.clock import REAL, Clock
 from cluster.grid import Grid, Lease
 from cluster.lease_log import kept_log
@@ -46,6 +46,7 @@ class Task(Protocol):
     def run(self, lease: Lease) -> pa.Table:
         """One row for each case id of the lease, in the order of the shard.
 
+        It may say how far it is by `cluster.told.tell`.
         The table has a column `case_id` and may have a column `error`, null for rows that are fine.
         An exception fails the lease: its records are done again one by one, and one that fails
         alone as often as the run allows becomes a dead letter. Only StoreError and
@@ -173,6 +174,9 @@ class Worker:
     def _log(self, name: str) -> AbstractContextManager[None]:
         return kept_log(self._store, name)
 
+    def _heard(self, lease: Lease) -> AbstractContextManager[None]:
+        return told.heard_by_driver(self._store.uri, lease)
+
     def _node(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
@@ -201,7 +205,8 @@ class Worker:
         started = self._clock.now()
         with self._limit(self._settings.record_seconds * self._grid.size(lease), name):
             try:
-                table = task.run(lease)
+                with self._heard(lease):
+                    table = task.run(lease)
             except (StoreError, DamagedError) as error:
                 failure = Report(failure=describe_error(error), blame="store")
             except Exception as error:

@@ -118,6 +118,11 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     if chains:
         grid = with_chains(grid, chains)
         _hold_out(config, store)
+
+    def begins() -> None:
+        manifests.grow(store, now, counts)
+        manifests.goes_on(store)
+
     evaluation = Evaluation(
         config=config,
         records=records,
@@ -138,7 +143,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         gpu_rows=config.lease(gpus=True),
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
-        begins=lambda: manifests.goes_on(store, now, counts),
+        begins=begins,
     )
     if not outcome.stopped:
         for chain in chains:
@@ -186,7 +191,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """The run's manifest: the one there, if it is of the same run, or a new one, written first.
 
-    `now`, `counts`: see `manifests.goes_on`.
+    `now`, `counts`: see `manifests.grow`.
     """
     if store.exists(MANIFEST):
         there = manifests.read(

@@ -63,32 +63,43 @@ def evaluate(
     token_budget: int,
     reversed_prompts: Mapping[str, str] = MappingProxyType({}),
     prompt_template: PromptTemplate = "raw",
+    tell: Callable[[float], object] = lambda share: None,
 ) -> tuple[list[dict[str, Any]], list[Edit]]:
     """One row per record, the columns of RESULT_SCHEMA that the science fills in; and the edits.
 
     `references`: the store's reference texts for RS, or None where it has none. `token_budget`:
     tokens of a forward pass at most. `reversed_prompts`: see `Extras`; these and the neighbors
     after the edited sentence are no turns of a chat, and left out if what is asked is one. Seconds
-    are the record's equal share of the batch's. Raises RecordError where one of the records cannot
-    be done.
+    are the record's equal share of the batch's. `tell` hears how much is done, 1 for all, after
+    each stage. Raises RecordError where one of the records cannot be done.
     """
+    stages = 2 + settings.strict + bool(settings.wild) + bool(settings.generation)
+    ended = 0
+
+    def stage() -> float:
+        nonlocal ended
+        ended += 1
+        tell(ended / stages)
+        return time.perf_counter()
+
     edited_as, asked_as = _templates(model, prompt_template)
     began = time.perf_counter()
     edits = edit_records(model, editor, [edited_as(record) for record in records])
     for edit in edits:
         norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
         refuse_if_not_finite(norm)
-    edited = time.perf_counter()
+    edited = stage()
     asked = [asked_as(record) for record in records]
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
     if prompt_template in ("chat", "chat_probes"):
         extras = probabilities.BENCHMARK_ONLY
     scores = probabilities.score_records(model, asked, edits, token_budget, extras)
     probes = probe_sets.score_probes(model, asked, edits, settings.strict, token_budget)
-    scored = time.perf_counter()
+    scored = stage()
     said: list[dict[str, Any]] = [{} for _ in records]
     if settings.strict:
         said = greedy.say_records(model, asked, edits, token_budget)
+        stage()
     spoken = time.perf_counter()
     told: list[dict[str, Any]] = [{} for _ in records]
     if wild := settings.wild:
@@ -98,10 +109,12 @@ def evaluate(
         probes = [
             [a | b for a, b in zip(*pair, strict=True)] for pair in zip(probes, more, strict=True)
         ]
+        stage()
     answered = time.perf_counter()
     texts: list[list[str]] = [[] for _ in records]
     if settings.generation:
         texts = _texts(model, records, edits, settings.generation, token_budget)
+        stage()
     generated = time.perf_counter()
     rows = [
         {

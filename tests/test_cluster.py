@@ -277,6 +277,22 @@ def test_the_lock_of_a_dead_driver_is_taken_over_and_the_old_holder_told(tmp_pat
     assert not store.exists(LOCK_NAME)
 
 
+def test_the_bar_moves_before_the_first_lease_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("progress.LOG_SECONDS", "driver.LOOK_SECONDS", "told.EVERY_SECONDS"):
+        monkeypatch.setattr(f"cluster.{limit}", 0.1)
+    one = RunSettings(workers=1, num_cpus=0.5, in_flight=1)
+    slow = dict.fromkeys(CASES[1:3], "slow")
+    assert drive(tmp_path, one, slow, groups=ONE_GROUP).done == len(CASES)
+    lines = capsys.readouterr().err.splitlines()
+    within = [line for line in lines if f" 2/{len(CASES)}, " in line]
+    assert within, lines
+    assert "first records" in within[0]
+    shown = [int(found[1]) for line in lines if (found := re.search(r"(\d+)/37", line))]
+    assert (shown, shown[-1]) == (sorted(shown), len(CASES))
+
+
 def test_the_rate_is_recent_and_ignores_what_was_done_before() -> None:
     rate = Rate(window=3)
     rate.add(0.0, 5000)

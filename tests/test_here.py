@@ -36,6 +36,19 @@ def test_every_record_has_its_row_and_bad_ones_an_error(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in log.glob("editor*")} == ran
 
 
+def test_the_bar_moves_within_a_lease(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.progress.LOG_SECONDS", 0.0)
+    (tmp_path / "log").mkdir()
+    run(Store(tmp_path / "results"), GROUPS, GRID, FakeWork(tmp_path / "log"), HERE)
+    shown = [
+        int(line.partition("/")[0].split()[-1]) for line in capsys.readouterr().err.splitlines()
+    ]
+    assert set(shown) == set(range(75))  # Also those that end no lease.
+    assert shown == sorted(shown)
+
+
 def test_a_changed_state_ends_the_run_and_what_was_done_is_kept(tmp_path: Path) -> None:
     log, store = tmp_path / "log", Store(tmp_path / "results")
     log.mkdir()

@@ -184,9 +184,9 @@ def _short(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def goes_on(store: Store, now: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
-    """Record in a run's manifest that it takes more records, or that other code goes on with it,
-    and say so; its lock is held.
+def grow(store: Store, now: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+    """Record in a run's manifest that it takes more records, if it does, and say so; its lock is
+    held.
 
     `now`: what the run is of, see `refuse_another`; `counts`: its `records` and `table_rows`.
     """
@@ -195,10 +195,10 @@ def goes_on(store: Store, now: Mapping[str, Any], counts: Mapping[str, Any]) -> 
     if growth.grows(there, now):
         say(f"note: the run takes {counts['records']} records, and had {there['records']}")
         write(store, growth.grown(there, {**now, **counts}))
-    _by_other_code(store)
 
 
-def _by_other_code(store: Store) -> None:
+def goes_on(store: Store) -> None:
+    """Record in a run's manifest that other code goes on with it, and say so; its lock is held."""
     there, now = read(store, ()), code()
     known = [there.get("code", {}), *there.get("later_code", [])]
     if now.items() <= known[-1].items():

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cluster.grid import Lease
 from cluster.store import Store, StoreError
+from cluster.told import tell
 from cluster.words import printable, redacted
 from jobs.runs.chains import Chain
 from rome.data.records import Record, RecordError
@@ -97,6 +98,7 @@ class Chains:
         rows: list[dict[str, Any]] = []
         for number in range(lease.start, lease.stop):
             began = time.perf_counter()
+            tell(number - lease.start)
             try:
                 state = self._edited(chain, state, number)
             except RecordError as error:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from cluster.grid import Grid, Lease
 from cluster.store import DamagedError, Store
+from cluster.told import tell
 from cluster.worker import describe_error
 from jobs.inputs import corpus
 from jobs.runs import manifests
@@ -145,6 +146,7 @@ class EvaluationTask:
                 self.token_budget,
             )
         self._stored = cache(self._stored_edits)
+        self._behind = 0
         self.references = _references(evaluation.records)
         if config.scoring.generation:
             words("")  # GE's data is missed now, and not after the first lease.
@@ -161,7 +163,7 @@ class EvaluationTask:
             )
 
     def run(self, lease: Lease) -> pa.Table:
-        evaluation = self.evaluation
+        evaluation, self._behind = self.evaluation, 0
         name = hive_values(lease.group)["editor"]
         worker = f"{socket.gethostname()}:{os.getpid()}"
         if chain := evaluation.chains.get(lease.group):
@@ -257,7 +259,9 @@ class EvaluationTask:
             self.token_budget,
             evaluation.reversed_prompts,
             evaluation.config.prompt_template,
+            lambda share: tell(self._behind + share * len(some)),
         )
+        self._behind += len(rows)
         kept = edits if evaluation.config.keep_edits else [None] * len(rows)
         return list(zip(rows, kept, strict=True))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.grid import Grid, Lease
 from cluster.store import Store
+from cluster.told import tell
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig
 from jobs.runs.manifests import file_sha256
@@ -70,7 +71,8 @@ class MomentTask:
         """A row for each chunk; the first has the sums over all of them."""
         moments, chunks = self.moments, self.moments.grid.ids(lease)
         sums: dict[int, SecondMoment] = {}
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
+            tell(number)
             sums = accumulate(
                 self.model, moments.layers, moments.corpus.texts(self.model, chunk), sums
             )

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cluster.grid import Grid, Lease
 from cluster.settings import RunSettings
+from cluster.told import tell
 from jobs.runs.config import ModelConfig
 from jobs.runs.parts import hive_values
 from jobs.tasks.loading import load_model, token_budget
@@ -101,7 +102,10 @@ class TracingTask:
         """Nothing here writes to a weight."""
 
     def run(self, lease: Lease) -> pa.Table:
-        rows = [self._row(lease, known_id) for known_id in self.tracing.grid.ids(lease)]
+        rows: list[dict[str, Any]] = []
+        for known_id in self.tracing.grid.ids(lease):
+            tell(len(rows))
+            rows.append(self._row(lease, known_id))
         return pa.Table.from_pylist(rows, schema=TRACE_SCHEMA)
 
     def _row(self, lease: Lease, known_id: int) -> dict[str, Any]:

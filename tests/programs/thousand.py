@@ -7,7 +7,7 @@ the seconds of a lease that Ray takes in the driver's process, as `make scale` m
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from threading import Event
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,9 @@ class SteadyCrew:
         there, self._mail = self._mail, {}
         self._began = time.thread_time()
         yield from ((call, answer) for call, answer in there.items() if call in calls)
+
+    def told(self, leases: Iterable[Lease]) -> dict[Lease, float]:
+        return {}
 
     def end(self, worker: Any) -> None: ...
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from cluster.grid import Grid, Lease
 from cluster.run import Outcome, RunSettings, run
 from cluster.store import Store
+from cluster.told import tell
 
 GROUPS = ("editor=none", "editor=rome")
 GRID = Grid((tuple(range(100, 122)), tuple(range(200, 215))), rows=4)
@@ -43,7 +44,10 @@ class FakeTask:
             raise ValueError("the weights are not what they were at the start")
 
     def run(self, lease: Lease) -> pa.Table:
-        rows = [self._row(lease, case_id) for case_id in GRID.ids(lease)]
+        rows: list[dict[str, Any]] = []
+        for case_id in GRID.ids(lease):
+            tell(len(rows))
+            rows.append(self._row(lease, case_id))
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _row(self, lease: Lease, case_id: int) -> dict[str, Any]:
@@ -57,6 +61,8 @@ class FakeTask:
             return {"case_id": case_id, "error": "no such subject", "attempts": lease.attempt}
         if how == "segfault":
             ctypes.string_at(0)
+        if how == "slow":
+            time.sleep(1.2)
         if how == "hang":
             time.sleep(3600)
         if how == "unpicklable":

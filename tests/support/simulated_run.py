@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -229,6 +229,9 @@ class SimulatedCrew:
             worker.wake()
         return call
 
+    def told(self, leases: Iterable[Lease]) -> dict[Lease, float]:
+        return {}
+
     def answers(
         self, calls: Collection[Call], seconds: float
     ) -> Iterator[tuple[Call, Booted | Report | Lost]]:
@@ -364,7 +367,9 @@ class Told(Progress):
         self._run, self._process, self._table = run, process, table
         self._done = -1
 
-    def update(self, done: int, dead: int, ready: int, workers: int) -> None:
+    def update(
+        self, done: int, dead: int, ready: int, workers: int, under_way: float = 0.0
+    ) -> None:
         if done != self._done:
             self._run.check_done(self._table)
         self._done = done
