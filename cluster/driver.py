@@ -272,11 +272,13 @@ class Driver:
 
     def _show(self) -> None:
         ready, done = sum(slot.ready for slot in self._slots), len(self._table.done)
-        under_way = {slot.oldest for slot in self._slots if slot.ready} - {None}
+        under_way = {slot.oldest for slot in self._slots if slot.ready}
         if self._clock.now() - self._asked >= LOOK_SECONDS:
             self._asked = self._clock.now()
-            self._told = self._crew.told(filter(None, under_way))
-        inside = sum(rows for lease, rows in self._told.items() if lease in under_way)
+            # What was told stays until the lease ends: the worker takes it back a little before.
+            self._told |= self._crew.told(filter(None, under_way))
+        self._told = {lease: rows for lease, rows in self._told.items() if lease in under_way}
+        inside = sum(self._told.values())
         self._progress.update(done, len(self._table.dead), ready, len(self._slots), inside)
         self._metrics.now(
             left=self._table.total - done,

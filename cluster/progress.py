@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +18,8 @@ from cluster.words import PlainConsole, printable, redacted
 LOG_SECONDS = 10.0
 _LINES = 16
 """Editors, or checkpoints of chains, at most that have a line of their own."""
+_SHARES = (1 / 3, 2 / 3)
+"""Of the rows that were left, those after which the results so far are shown."""
 WIDE = 100
 """Columns of a terminal that shows a line for each editor."""
 # Weight of the newest lease in a group's seconds a row.
@@ -50,10 +53,17 @@ class Progress:
     left: records of each group that are not done; a group's name ends in `editor=NAME` or the like,
     or has more behind that.
     json_of: the name of the run in a log of JSON objects; None for text.
+    so_far: the results of what is done, in words; shown twice on the way of a run that takes longer
+    than LOG_SECONDS, unless its log is JSON.
     """
 
     def __init__(
-        self, total: int, done: int, json_of: str | None = None, left: dict[str, int] | None = None
+        self,
+        total: int,
+        done: int,
+        json_of: str | None = None,
+        left: dict[str, int] | None = None,
+        so_far: Callable[[], str] | None = None,
     ) -> None:
         self._json_of = json_of
         self._total, self._done, self._dead, self._workers = total, done, 0, (0, 0)
@@ -62,6 +72,8 @@ class Progress:
         self._rate = Rate()
         self._started = time.monotonic()
         self._printed = self._started
+        self._so_far = so_far if json_of is None else None
+        self._shown_at = deque(done + share * (total - done) for share in _SHARES)
         console = PlainConsole(stderr=True)
         self._bar = (
             rich.progress.Progress(
@@ -104,6 +116,7 @@ class Progress:
     ) -> None:
         """Rows and dead letters in the store, how many of the workers are ready, and what they have
         done of their leases, in rows; these are shown as done, a lost lease's until it is lost."""
+        self._show_so_far(done)
         done += int(under_way)
         self._done, self._dead, self._workers = done, dead, (ready, workers)
         now = time.monotonic()
@@ -117,6 +130,20 @@ class Progress:
         elif now - self._printed >= LOG_SECONDS:
             self._printed = now
             self.note(self.line())
+
+    def _show_so_far(self, done: int) -> None:
+        if time.monotonic() - self._started < LOG_SECONDS:
+            return
+        passed = 0
+        while self._shown_at and self._shown_at[0] <= done:
+            self._shown_at.popleft()
+            passed += 1
+        if self._so_far is None or not passed or done >= self._total:
+            return
+        try:
+            self.note(f"{done} of {self._total} rows so far:\n{self._so_far()}")
+        except Exception as error:  # No run ends because it could not be looked at.
+            self.note(f"the rows so far cannot be shown: {error}")
 
     def note(self, text: str, **fields: Any) -> None:
         """Say something once; `fields` are of the JSON object."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 
 from cluster import index
 from cluster.clock import REAL, Clock
@@ -140,12 +141,15 @@ class LeaseTable:
         grid = replace(self._grid, rows=rows, own=own)
         self._pending.clear()
         self._held.clear()
-        self._put(
-            lease
-            for group in self._groups
-            for whole in grid.leases(group)
-            for lease in self._rest(whole)
+        # Chains first, which others wait for; then the groups in turn, so that what is done at any
+        # time is of the same records for all.
+        chained = [group for group in self._groups if grid.of(group).in_order]
+        others = [group for group in self._groups if group not in chained]
+        turns = chain(
+            chain.from_iterable(map(grid.leases, chained)),
+            filter(None, chain.from_iterable(zip_longest(*map(grid.leases, others)))),
         )
+        self._put(lease for whole in turns for lease in self._rest(whole))
 
     @property
     def pending(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.clock import REAL, Clock
@@ -88,6 +89,10 @@ def ensure_ray(settings: RunSettings) -> None:
         # which others reach this machine.
         ray_constants.ENABLE_RAY_CLUSTER = False
         quiet["_node_ip_address"] = "127.0.0.1"
+        # Ray says at length that only this user gets in, which is as it should be.
+        authentication_token_setup.logger.addFilter(
+            lambda record: not record.getMessage().startswith("Token authentication is enabled")
+        )
         ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **quiet)
 
 
@@ -118,12 +123,14 @@ def run(
     name: str | None = None,
     gpu_rows: int | None = None,
     begins: Callable[[], None] = lambda: None,
+    so_far: Callable[[], str] | None = None,
 ) -> Outcome:
     """Do every record of the grid for every group that has no row in the store yet.
 
     `expect` is what the task's `describe()` must be. `gpu_rows` are the rows of a lease where
     workers have GPUs, instead of the grid's, or fewer where they would not go round. `name` is what
-    logs and metrics call the run. `begins` is called before the first record, if any is left.
+    logs and metrics call the run. `begins` is called before the first record, if any is left, and
+    `so_far` on the way, for what is to be shown of the results.
     Ray is not touched where nothing is left to do. Raises LockedError while another driver works in
     `store`, ValueError where a part there is of other data, StoreError where the store cannot be
     used, and RunError where workers differ from `expect`, none can boot, or none can write.
@@ -139,7 +146,7 @@ def run(
         left = {
             group: (len(grid.of(group)) - done[group]) * grid.of(group).records for group in groups
         }
-        shown = Progress(table.total, len(table.done), json_of, left)
+        shown = Progress(table.total, len(table.done), json_of, left, so_far)
         if now.workers and now.num_gpus and gpu_rows:
             table.queue(_rows_on_gpus(table, grid, now, gpu_rows))
         with _stop_signals() as stop, shown as progress:

@@ -28,6 +28,7 @@ from jobs import cli, second_moment
 from jobs.cli import say
 from jobs.inputs.record_stores import check, grid_of, record_store
 from jobs.inputs.sources import reversed_prompts
+from jobs.output import tables
 from jobs.reduce import reduce, show, show_chains
 from jobs.runs import config as configs
 from jobs.runs import growth, manifests
@@ -144,6 +145,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
         begins=begins,
+        so_far=lambda: tables.brief(reduce([store.uri], write=False)),
     )
     if not outcome.stopped:
         for chain in chains:

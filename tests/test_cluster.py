@@ -293,6 +293,27 @@ def test_the_bar_moves_before_the_first_lease_ends(
     assert (shown, shown[-1]) == (sorted(shown), len(CASES))
 
 
+def test_results_are_shown_twice_on_the_way_of_a_run_that_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter(["few", "more"])
+    short = Progress(30, 0, so_far=lambda: "not yet")
+    for done in range(31):
+        short.update(done, 0, 2, 2)
+    monkeypatch.setattr("cluster.progress.LOG_SECONDS", 0.0)
+    progress = Progress(30, 0, so_far=lambda: next(looks))
+    for done in (0, 5, 10, 12, 21, 30):
+        progress.update(done, 0, 2, 2, under_way=4)
+    said = capsys.readouterr().err
+    assert "not yet" not in said
+    assert said.index("10 of 30 rows so far:\nfew") < said.index("21 of 30 rows so far:\nmore")
+    Progress(30, 0, json_of="run", so_far=lambda: "a table").update(20, 0, 2, 2)
+    Progress(30, 0, so_far=lambda: [""][1]).update(20, 0, 2, 2)
+    said = capsys.readouterr().err
+    assert "a table" not in said
+    assert "the rows so far cannot be shown: list index out of range" in said
+
+
 def test_the_rate_is_recent_and_ignores_what_was_done_before() -> None:
     rate = Rate(window=3)
     rate.add(0.0, 5000)

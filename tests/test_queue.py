@@ -96,12 +96,14 @@ def test_resume_with_another_lease_size_trusts_ids_not_names(store: Store) -> No
     assert LeaseTable(store, [GROUP], Grid(GRID.shards, rows=3)).finished
 
 
-def test_groups_are_separate(store: Store) -> None:
+def test_groups_are_separate_and_come_in_turn(store: Store) -> None:
+    """What is done at any time is of the same records, as nearly as it can be."""
     commit(store, Lease(GROUP, 0, 0, 2))
     table = LeaseTable(store, [GROUP, "editor=none"], GRID)
     leases = drain(table)
     assert table.total == 14
-    assert [lease.group for lease in leases] == [GROUP] * 3 + ["editor=none"] * 4
+    assert [lease.group for lease in leases] == ["editor=none", *[GROUP, "editor=none"] * 3]
+    assert spans(leases[1::2]) == spans(leases[2::2]) == [(0, 2, 4, 1), (0, 4, 5, 1), (1, 0, 2, 1)]
 
 
 def test_rows_found_twice_are_counted_and_done_once(store: Store) -> None:

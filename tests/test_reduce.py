@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from jobs.output import tables
 from jobs.reduce import app, reduce
 from rome.analysis.metrics import table_of
 from rome.data.results import ERROR, OK
@@ -90,6 +91,14 @@ def test_a_run_in_progress_says_so(tmp_path: Path) -> None:
     assert "demo, rome: in progress, 32 of 40 records." in result.stderr
     assert "unedited" not in result.stderr
     assert "in progress, 32 of 40" in (run_dir / "table.md").read_text()
+
+
+def test_what_is_shown_on_the_way_is_a_line_an_editor(tmp_path: Path) -> None:
+    lines = tables.brief(reduce([str(make_run(tmp_path / "demo", done=20))])).splitlines()
+    assert lines[0].split() == ["S", "ES", "PS", "NS", "n"]
+    assert [line.split()[0] for line in lines[1:]] == ["rome", "unedited"]
+    assert [line.split()[-1] for line in lines[1:]] == ["20", "40"]
+    assert max(map(len, lines)) < 80
 
 
 def test_an_editor_that_has_not_begun_is_shown(tmp_path: Path) -> None:

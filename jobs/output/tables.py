@@ -69,6 +69,17 @@ def terminal(frame: pl.DataFrame) -> Group:
     return Group(*tables)
 
 
+def brief(frame: pl.DataFrame) -> str:
+    """The rates of a benchmark and their number of records alone, a line an editor."""
+    block = _measured(frame)[0]
+    rates = [name for name in block.metrics if name in ("S", *SUCCESSES, *table_of("zsre"))]
+    rows = [
+        [_label(row), *(on_screen(name, row[name]) for name in rates), str(row["n"])]
+        for row in block.rows
+    ]
+    return _written("plain", ["", *rates, "n"], rows, 1)
+
+
 def markdown(frame: pl.DataFrame) -> str:
     names, blocks = _names(frame), _blocks(frame)
     text = [f"**{_title(frame)}**", ""]
