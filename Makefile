@@ -1,9 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
-# Records of `make bench`: a number, or `all`.
+# Records of `make bench`: a number, or `all`; with more of them, the run that is there takes more.
 RECORDS ?= 16
-BENCH = $(WORKSPACE)/runs/everyday-rome
+BENCH = $(WORKSPACE)/runs/bench
 
 .PHONY: setup help bench documents perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test test-long clean
 
@@ -22,10 +22,10 @@ help: ## List these targets.
 # One fact first, to look at while the rest is done; tokens: twenty for each dimension of a key.
 bench: setup ## Edit, score and report a real model: RECORDS=16, or all.
 	$(BIN)/python -m rome edit --prompt "{} is located in" --subject "The Eiffel Tower" --target Rome
-	$(BIN)/python -m jobs.evaluate configs/runs/everyday-rome.yaml --out $(BENCH)-$(RECORDS) \
+	$(BIN)/python -m jobs.evaluate configs/runs/everyday-rome.yaml --out $(BENCH) \
 		--set records.limit=$(if $(filter all,$(RECORDS)),null,$(RECORDS)) \
 		--set model.second_moment.tokens=auto --set lease_records=4
-	$(BIN)/python -m jobs.report $(BENCH)-$(RECORDS) --out $(BENCH)-$(RECORDS).html
+	$(BIN)/python -m jobs.report $(BENCH) --out $(BENCH).html
 
 documents: setup ## Write the documents that follow from the code.
 	$(BIN)/python -m tests.programs.documents
