@@ -246,4 +246,5 @@ def test_a_local_ray_listens_on_loopback_alone_and_tells_mistakes_from_faults(
     assert places
     assert places <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, places
     assert "said rate must be from 0 to 1, got 3" in lines
+    assert "Token authentication" not in done.stderr
     assert "fault True True False" in lines
