@@ -5,7 +5,7 @@ WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 RECORDS ?= 16
 BENCH = $(WORKSPACE)/runs/bench
 
-.PHONY: setup help bench documents perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test test-long clean
+.PHONY: setup help bench documents site perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test test-long clean
 
 setup: .venv/installed ## Install everything into .venv (the default).
 
@@ -29,6 +29,10 @@ bench: setup ## Edit, score and report a real model: RECORDS=16, or all.
 
 documents: setup ## Write the documents that follow from the code.
 	$(BIN)/python -m tests.programs.documents
+
+site: setup ## Build the documents as a site, build/site/index.html.
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable '.[site]'
+	$(BIN)/mkdocs build --strict
 
 # The meter, e.g. `make perf ARGS="--dtype bfloat16 --records 48"`; docs/performance.md.
 perf: setup ## Measure the engine beside the oracle.
