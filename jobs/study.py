@@ -45,6 +45,10 @@ KEY = "key.json"
 _SIDES = ("1", "2")
 _CHECK_WORDS = 40
 _PAIR_SECONDS = 45  # To read two texts and answer.
+# ChatML's and Llama 3's, Mistral's, Gemma's.
+_CHAT_TOKENS = re.compile(
+    r"<\|[^|<>]*\|>|</?s>|\[/?INST\]|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"
+)
 
 
 def make(
@@ -121,7 +125,7 @@ def _two(
 
 
 def _check(row: dict[str, Any], other: dict[str, Any], draw: random.Random) -> Item:
-    words = other["texts"][0].split()[:_CHECK_WORDS]
+    words = _plain(other["texts"][0]).split()[:_CHECK_WORDS]
     draw.shuffle(words)
     fact = _fact(row)
     right = draw.choice(_SIDES)
@@ -131,7 +135,7 @@ def _check(row: dict[str, Any], other: dict[str, Any], draw: random.Random) -> I
 
 def _plain(text: str) -> str:
     """A text without the tokens of a chat, which would tell models apart."""
-    return re.sub(r"<\|[^|<>]*\|>", "", text).strip()
+    return _CHAT_TOKENS.sub("", text).strip()
 
 
 def _fact(row: dict[str, Any]) -> str:

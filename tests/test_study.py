@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Page
 from jobs.study import QUESTIONS, app, make, tally
 from tests.support import commands
 from tests.support.browser import LAPTOP, PHONE, browser, opened, overflows
-from tests.support.runs_to_report import HOSTILE, make_run
+from tests.support.parts_of_runs import write_part
+from tests.support.runs_to_report import HOSTILE, make_rows, make_run
 
 __all__ = ["browser"]
 
@@ -107,6 +108,22 @@ def test_a_rater_can_leave_go_back_and_change(study: Path, browser: Browser) -> 
         page.wait_for_function("document.getElementById('progress').textContent === '2 of 8'")
         page.get_by_role("button", name="Back").click()
         assert page.locator("input[name=fluent][value=same]").is_checked()
+        # Targets of a thumb.
+        for target in page.locator("#rating label, #rating button").all():
+            box = target.bounding_box()
+            assert box is not None
+            assert box["height"] >= 44
+        # Another rater begins, and takes nothing away.
+        page.get_by_role("button", name="Another rater").click()
+        page.locator("input[name=rater]").fill("__proto__")
+        page.get_by_role("button", name="Begin").click()
+        assert page.locator("#progress").inner_text() == "1 of 8"
+        assert not page.locator("input:checked").count()
+        page.get_by_role("button", name="Another rater").click()
+        page.locator("input[name=rater]").fill("Eve")
+        page.keyboard.press("Enter")
+        assert page.locator("#name").inner_text() == "Eve"
+        assert page.locator("input[name=fluent][value=same]").is_checked()
 
 
 @pytest.mark.parametrize("width", [LAPTOP, PHONE])
@@ -132,6 +149,20 @@ def test_the_page_is_blind_and_the_seed_decides(run_dir: Path) -> None:
     sides = [tuple(item["sides"]) for item in key["items"] if "sides" in item]
     assert 4 < sides.count(("a", "b")) < 20
     assert made(2)[1]["items"] != key["items"]
+
+
+def test_tokens_of_a_chat_tell_nobody_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo", 6)
+    said = "<|im_start|>user\n<s>[INST] Rome<end_of_turn> lies </s>"
+    for editor in ("none", "rome"):
+        rows = [row | {"texts": [said]} for row in make_rows(6, editor)]
+        write_part(run, editor, rows, "part-00000-000000-000060.parquet")
+    page, _ = make([str(run)], "rome", "none", 2, 3, 0)
+    found = re.search(r'id="items">([A-Za-z0-9+/=]*)<', page)
+    assert found
+    shown = gzip.decompress(base64.b64decode(found[1])).decode()
+    assert "lies" in shown
+    assert not re.search(r"im_start|INST|turn|</?s>", shown)
 
 
 def test_ratio_interval_and_agreement() -> None:
@@ -196,7 +227,7 @@ def test_what_a_model_wrote_stays_text(run_dir: Path, browser: Browser, tmp_path
     place = [item["case_id"] for item in key["items"]].index(3)
     (tmp_path / "index.html").write_text(made)
     with opened(browser, tmp_path / "index.html") as page:
-        left = {"rater": "Gil", "place": place, "answers": []}
+        left = {"rater": "Gil", "raters": [{"name": "Gil", "place": place, "answers": []}]}
         page.evaluate("state => localStorage.setItem(...state)", [key["study"], json.dumps(left)])
         page.reload()
         page.wait_for_function("document.getElementById('fact').textContent !== ''")

@@ -1,22 +1,30 @@
 const get = (id) => document.getElementById(id);
-let study, items, state;
+let study, items;
+/** All raters of this device, each {name, place, answers}, and who of them is rating. */
+let kept;
 
 function remember() {
   // Some browsers keep nothing for pages opened from a file.
-  try { localStorage.setItem(study, JSON.stringify(state)); } catch { /* Then it is for one visit. */ }
+  try { localStorage.setItem(study, JSON.stringify(kept)); } catch { /* Then it is for one visit. */ }
 }
 
 function remembered() {
   try { return JSON.parse(localStorage.getItem(study)); } catch { return null; }
 }
 
+function rating() {
+  return kept.raters.find(({ name }) => name === kept.rater);
+}
+
 function show() {
-  get("welcome").hidden = state.rater !== null;
-  get("rating").hidden = state.rater === null || state.place >= items.length;
-  get("end").hidden = state.rater === null || state.place < items.length;
+  const state = rating();
+  get("welcome").hidden = state !== undefined;
+  get("rating").hidden = state === undefined || state.place >= items.length;
+  get("end").hidden = state === undefined || state.place < items.length;
   if (get("rating").hidden) return;
   const { fact, texts } = items[state.place];
   get("progress").textContent = `${state.place + 1} of ${items.length}`;
+  get("name").textContent = state.name;
   get("fact").textContent = fact;
   texts.forEach((text, i) => { get(`text-${i + 1}`).textContent = text; });
   get("rating").reset();
@@ -28,21 +36,33 @@ function show() {
 }
 
 function move(step) {
-  state.place += step;
+  rating().place += step;
+  remember();
+  show();
+}
+
+/** The rater of a name begins, or goes on; none: the page asks for one. */
+function turn(name) {
+  if (name && !kept.raters.some((one) => one.name === name)) {
+    kept.raters.push({ name, place: 0, answers: [] });
+  }
+  kept.rater = name || null;
+  get("welcome").reset();
   remember();
   show();
 }
 
 function save() {
-  const data = { study, rater: state.rater, answers: state.answers };
+  const { name, answers } = rating();
+  const data = { study, rater: name, answers };
   const url = URL.createObjectURL(new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
-  const name = state.rater.replace(/[^\p{L}\p{N}]+/gu, "-");
-  element("a", { href: url, download: `answers-${name}.json` }).click();
+  element("a", { href: url, download: `answers-${name.replace(/[^\p{L}\p{N}]+/gu, "-")}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
 /** Answers the first question that has none by a key, and remembers each answer as it is given. */
 function answered() {
+  const state = rating();
   state.answers[state.place] = Object.fromEntries(new FormData(get("rating")));
   remember();
 }
@@ -60,25 +80,22 @@ function byKey(event) {
 
 async function start() {
   ({ study, items } = await unpack("items"));
-  state = remembered() ?? { rater: null, place: 0, answers: [] };
+  kept = remembered() ?? { rater: null, raters: [] };
   get("welcome").addEventListener("submit", (event) => {
     event.preventDefault();
-    state.rater = get("welcome").elements.rater.value.trim() || null;
-    move(0);
+    turn(get("welcome").elements.rater.value.trim());
   });
   get("rating").addEventListener("submit", (event) => {
     event.preventDefault();
-    state.answers[state.place] = Object.fromEntries(new FormData(get("rating")));
+    answered();
     move(1);
   });
   get("back").addEventListener("click", () => move(-1));
   get("again").addEventListener("click", () => move(-items.length));
   get("save").addEventListener("click", save);
-  get("other").addEventListener("click", () => {
-    state = { rater: null, place: 0, answers: [] };
-    get("welcome").reset();
-    move(0);
-  });
+  for (const button of document.querySelectorAll("button.other")) {
+    button.addEventListener("click", () => turn(null));
+  }
   get("rating").addEventListener("change", answered);
   document.addEventListener("keydown", byKey);
   show();
