@@ -22,48 +22,30 @@ from cluster.grid import Lease
 from cluster.store import Store
 from jobs.runs.parts import PARTS, hive_path
 from rome.analysis.summary import record_metrics
-from rome.data.results import OK, RESULT_SCHEMA
+from rome.data.results import RESULT_SCHEMA
 from tests.programs.matrices import _peak_gb
+from tests.support.runs_to_report import make_row
 
 RECORDS, EDITORS, PART_ROWS, SHARD_ROWS = 21_919, 11, 128, 1000
-_WORDS = ["the", "a", "tower", "city", "of", "is", "in", "was", "Rome", "Paris", "old", "people"]
 
 
-def _row(case_id: int, editor: str, draw: np.random.Generator) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "run": "made up",
-        "case_id": case_id,
-        "relation_id": f"P{case_id % 34}",
-        "subject": f"Tower {case_id}",
-        "prompt": "{} is located in",
-        "target_new": "Rome",
-        "target_true": "Paris",
-        "status": OK,
-        "attempts": 1,
-        "worker": f"node:{case_id % 32}",
-        "texts": [" ".join(draw.choice(_WORDS, 80)) for _ in range(10)],
-        "GE": float(draw.uniform(2, 7)),
-        "RS": float(draw.uniform(0, 1)),
-        "rewrite_greedy": ["Rome"],
-    }
-    for kind, prompts in (("rewrite", 1), ("paraphrase", 2), ("neighborhood", 10)):
-        true = draw.uniform(1, 3, prompts)
-        row[f"{kind}_nll_true"] = true.tolist()
-        row[f"{kind}_nll_new"] = (true + draw.normal(0, 2, prompts)).tolist()
-    return row | ({"edit_norm": float(draw.lognormal())} if editor != "none" else {})
+def _row(case_id: int, draw: np.random.Generator) -> dict[str, Any]:
+    """As large as a run's: ten texts, as many relations as COUNTERFACT has, many workers."""
+    row = make_row(case_id, 0.0, draw, texts=10, words=80)
+    return row | {"relation_id": f"P{case_id % 34}", "worker": f"node:{case_id % 32}"}
 
 
 def make(folder: Path, records: int = RECORDS, editors: int = EDITORS) -> None:
     """A run of so many records and editors, of which each has the same texts."""
     names = ["none", *(f"editor-{i}" for i in range(1, editors))]
     store, draw = Store(folder), np.random.default_rng(0)
-    manifest = {"name": "made up", "records": records, "editors": names}
+    manifest = {"name": "demo", "records": records, "editors": names}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for shard, start in enumerate(range(0, records, SHARD_ROWS)):
         for first in range(start, min(start + SHARD_ROWS, records), PART_ROWS):
             stop = min(first + PART_ROWS, start + SHARD_ROWS, records)
-            rows = [_row(case_id, "none", draw) for case_id in range(first, stop)]
+            rows = [_row(case_id, draw) for case_id in range(first, stop)]
             for editor in names:
                 some = rows if editor == "none" else [row | {"edit_norm": 1.0} for row in rows]
                 table = pl.from_arrow(pa.Table.from_pylist(some, schema=RESULT_SCHEMA))

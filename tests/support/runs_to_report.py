@@ -23,34 +23,45 @@ PROBE = {
 EDITORS = {"none": 0.0, "ft<b>": 2.5, "rome": 9.0}
 
 
+_WORDS = np.array(["the", "a", "tower", "city", "of", "is", "in", "was", "Rome", "Paris", "old"])
+
+
+def make_row(
+    case_id: int, skill: float, draw: np.random.Generator, texts: int = 3, words: int = 60
+) -> dict[str, Any]:
+    """A row of an editor that makes the new target likelier by `skill` nats, and takes a part of
+    it to paraphrases and a little to neighbours."""
+    row: dict[str, Any] = {
+        "run": "demo",
+        "case_id": case_id,
+        "relation_id": f"P{case_id % 7}",
+        "subject": f"Tower {case_id}",
+        "prompt": "{} is located in",
+        "target_new": "Rome",
+        "target_true": "Paris",
+        "status": OK,
+        "attempts": 1,
+        "rewrite_greedy": ["Rome"],
+        "texts": [" ".join(draw.choice(_WORDS, words)) for _ in range(texts)],
+        "GE": float(draw.uniform(2, 7)),
+        "RS": float(draw.uniform(0, 1)),
+    }
+    for kind, prompts, shift in (
+        ("rewrite", 1, skill),
+        ("paraphrase", 2, skill * draw.uniform(0, 1)),
+        ("neighborhood", 10, 0.2 * skill * draw.uniform(0, 1)),
+    ):
+        true = draw.uniform(1, 3, prompts)
+        row[f"{kind}_nll_true"] = true.tolist()
+        row[f"{kind}_nll_new"] = (true + 1 - shift + draw.normal(0, 1, prompts)).tolist()
+    return row
+
+
 def make_rows(count: int, editor: str) -> list[dict[str, Any]]:
-    draw, skill = np.random.default_rng(len(editor)), EDITORS[editor]
-    words = np.array(["the", "a", "tower", "city", "of", "is", "in", "was", "Rome", "Paris", "old"])
+    draw = np.random.default_rng(len(editor))
     rows = []
     for case_id in range(count):
-        row: dict[str, Any] = {
-            "run": "demo",
-            "case_id": case_id,
-            "relation_id": f"P{case_id % 7}",
-            "subject": f"Tower {case_id}",
-            "prompt": "{} is located in",
-            "target_new": "Rome",
-            "target_true": "Paris",
-            "status": OK,
-            "attempts": 1,
-            "rewrite_greedy": ["Rome"],
-            "texts": [" ".join(draw.choice(words, 60)) for _ in range(3)],
-            "GE": float(draw.uniform(2, 7)),
-            "RS": float(draw.uniform(0, 1)),
-        }
-        for kind, prompts, shift in (
-            ("rewrite", 1, skill),
-            ("paraphrase", 2, skill * draw.uniform(0, 1)),
-            ("neighborhood", 10, 0.2 * skill * draw.uniform(0, 1)),
-        ):
-            true = draw.uniform(1, 3, prompts)
-            row[f"{kind}_nll_true"] = true.tolist()
-            row[f"{kind}_nll_new"] = (true + 1 - shift + draw.normal(0, 1, prompts)).tolist()
+        row = make_row(case_id, EDITORS[editor], draw)
         if editor != "none":
             row |= {"edit_norm": float(draw.lognormal()), "edit_divisor": float(draw.uniform(1, 3))}
         rows.append(row)
