@@ -28,7 +28,7 @@ from jobs.reduce import reduce
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import SWEEP, write_table
-from rome import models
+from rome import models, options
 from rome.editors.contexts import Position
 from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
@@ -116,15 +116,21 @@ def main(
     """See `jobs.commands.sweep`."""
     with cli.errors(*FAILURES):
         chosen = _numbers(layers)
+        given = configs.load(config, overrides or [])
         run_config = expanded(
-            configs.load(config, overrides or []),
+            given,
             chosen,
             positions.split(",") if positions else get_args(Position),
         )
         out = out or str(inside(workspace() / "runs", run_config.name))
         status = evaluate(run_config, out)
         frame = table(out, run_config)
-        figures.save(Store(out), {"sweep": figures.sweep_curves(frame, run_config.model.name)})
+        # Where neither file says it, it is no choice of anybody.
+        layer = options.merged(given.model.editors.get(_ROME, {}), given.editors[_ROME]).get(
+            "layer"
+        )
+        drawn = figures.sweep_curves(frame, run_config.model.name, layer)
+        figures.save(Store(out), {"sweep": drawn})
         best = frame.drop_nulls(["layer", "S"]).sort("S")
         if status != cli.STOPPED and not best.is_empty():  # Unfinished layers would not compare.
             where = best.row(-1, named=True)

@@ -135,8 +135,11 @@ def read_effects(store: Store) -> pl.DataFrame:
     return effects(rows)
 
 
-def reduce(out: str) -> None:
-    """Write effects, averages and figures of a run, and say what they suggest."""
+def reduce(out: str, rome_layer: int | None = None) -> None:
+    """Write effects, averages and figures of a run, and say what they suggest.
+
+    `rome_layer`: the layer that ROME edits, marked in the figures.
+    """
     store = Store(out)
     frame = read_effects(store)
     if frame.is_empty():
@@ -152,11 +155,11 @@ def reduce(out: str) -> None:
         say(f"the trace suggests layer {layer}: there MLPs at the last subject token restore most")
     model, window = manifest["config"]["model"]["name"], manifest["config"]["trace"]["window"]
     drawn = {
-        "trace-averages": figures.trace_averages(average, model, window),
-        "trace-lines": figures.trace_lines(average, model, window),
+        "trace-averages": figures.trace_averages(average, model, window, rome_layer),
+        "trace-lines": figures.trace_lines(average, model, window, rome_layer),
     }
     if average["kind"].str.ends_with("_severed").any():
-        drawn["trace-severed"] = figures.trace_severed(average, model)
+        drawn["trace-severed"] = figures.trace_severed(average, model, rome_layer)
     figures.save(store, drawn)
 
 
@@ -181,7 +184,7 @@ def main(
         chosen = options.validate(TraceConfig, filled(config, overrides or []), f"{config}: ")
         out = out or str(inside(workspace() / "traces", chosen.name))
         status = run_traces(chosen, out)
-        reduce(out)
+        reduce(out, chosen.model.editors.get("rome", {}).get("layer"))
         for known_id in fact or []:
             draw_fact(out, known_id)
     raise typer.Exit(status)

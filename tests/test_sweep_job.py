@@ -73,6 +73,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "source": str(folder / "model"),
             "dtype": "float64",
             "second_moment": {"corpus": "self", "tokens": 2000},
+            "editors": {"rome": {"layer": 1}},
         },
         "benchmark": str(folder / "records"),
         "editors": {"none": {}, "rome": {"value": {"steps": 2}}},
@@ -104,7 +105,10 @@ def test_every_layer_and_position_has_its_scores(workspace: Path) -> None:
     # Edits of one record at different places are different edits.
     assert all(len({round(x, 12) for x in row}) > 10 for row in losses["edit_loss"])
     assert (workspace / "out/figures/sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "subject after" in (workspace / "out/figures/sweep.svg").read_text()
+    drawn = (workspace / "out/figures/sweep.svg").read_text()
+    names = [position.replace("_", " ") for position in get_args(Position)]
+    assert all(f">{name}</text>" in drawn for name in [*names, "unedited"])
+    assert "ROME's layer, 1" in drawn
     assert "best S" in text
     # One pass over the corpus gave the second moments of all layers.
     assert len(list(workspace.glob("second_moments/**/layer-*.safetensors"))) == 3

@@ -26,7 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "facts.json").write_text(json.dumps(facts))
     config = {
         "name": "tiny",
-        "model": {"name": "tiny-gpt2", "source": str(folder / "model"), "dtype": "float64"},
+        "model": {
+            "name": "tiny-gpt2",
+            "source": str(folder / "model"),
+            "dtype": "float64",
+            "editors": {"rome": {"layer": 1}},
+        },
         "facts": str(folder / "facts.json"),
         "trace": asdict(TRACING),
         "lease_facts": 2,
@@ -93,6 +98,8 @@ def test_figures_are_there(traced: tuple[Path, str]) -> None:
         png, svg = (traced[0] / "figures" / f"trace-{name}.{form}" for form in ("png", "svg"))
         assert png.read_bytes().startswith(b"\x89PNG")
         assert "average indirect effect" in svg.read_text() or name == "fact-4"
+        assert ("ROME's layer, 1" in svg.read_text()) == (name != "fact-4")
+    assert "late site" in (traced[0] / "figures/trace-averages.svg").read_text()
 
 
 def test_a_run_resumes_and_refuses_another_config(
