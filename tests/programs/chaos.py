@@ -58,6 +58,7 @@ def trials(name: str, seeds: int, records: int, root: str | None) -> dict[str, A
             with tempfile.TemporaryDirectory() as log, _folder() as folder:
                 where = f"{root}/{name.replace(' ', '-')}-{seed}" if root else folder
                 luck = random.Random(seed)
+                scene: Scene
                 if name in CHAIN_FAULTS:
                     scene = ChainScene(nodes, ChainSpec(where, log), luck, variables)
                 else:

@@ -10,7 +10,9 @@ from typing import ClassVar
 from cluster.store import Store
 from tests.programs.chaos_chains import (
     BATCH,
-    CHAIN,
+    CHECKPOINTS,
+    ORDERS,
+    RECORDS,
     SCORES,
     STATE,
     ChainSpec,
@@ -35,8 +37,8 @@ class ChainScene(Scene):
 
     def point(self, kind: str) -> str:
         """Some point of a kind: see `ChainSpec`."""
-        numbers = {BATCH: range(1, 5), STATE: (1, 3), SCORES: CHAIN["checkpoints"]}[kind]
-        return f"{kind} {self.luck.randrange(CHAIN['orders'])} {self.luck.choice(numbers)}"
+        numbers = {BATCH: range(1, 5), STATE: (1, 3), SCORES: CHECKPOINTS}[kind]
+        return f"{kind} {self.luck.randrange(ORDERS)} {self.luck.choice(numbers)}"
 
     def kill_driver_at(self, point: str) -> None:
         with self.driver(pauses=0.5) as process:
@@ -57,11 +59,13 @@ def worker_killed_in_a_chain(scene: ChainScene) -> int:
 
 
 def driver_killed_in_a_chain(scene: ChainScene) -> int:
-    kinds = (BATCH, SCORES)
-    for kind in kinds:
-        scene.kill_driver_at(scene.point(kind))
+    """In a batch, then in the scoring of the same chain's end."""
+    batch = scene.point(BATCH)
+    order = batch.split()[1]
+    scene.kill_driver_at(batch)
+    scene.kill_driver_at(f"{SCORES} {order} {RECORDS}")
     scene.run_on()
-    return len(kinds)
+    return 2
 
 
 def head_and_driver_killed_in_a_chain(scene: ChainScene) -> int:
@@ -80,7 +84,7 @@ def head_and_driver_killed_in_a_chain(scene: ChainScene) -> int:
 
 def states_lost(scene: ChainScene) -> int:
     """Of what a killed driver left between checkpoints, a state is cut and another one gone."""
-    scene.kill_driver_at(f"{BATCH} {scene.luck.randrange(CHAIN['orders'])} 4")
+    scene.kill_driver_at(f"{BATCH} {scene.luck.randrange(ORDERS)} 4")
     run = Store(scene.spec.root).sub("run")
     names = run.list("chains/", ".safetensors")
     between = [name for name in names if "/edits-0000004-" not in name]

@@ -38,15 +38,16 @@ from rome.edits.sequences import ChainState
 from tests.support import tiny
 from tests.support.tiny import TEMPLATES
 
-RECORDS = 12
-CHAIN = {
+RECORDS, ORDERS = 12, 2
+CHECKPOINTS = (4, RECORDS)
+CHAIN: dict[str, Any] = {
     "editor": "ultraedit",  # It carries a state, and needs no second moment.
     "down": [1],
     "learning_rate": 0.001,
     "edits_per_model": 2,
     "sequence": RECORDS // 2,
-    "checkpoints": [4, RECORDS],
-    "orders": 2,
+    "checkpoints": [*CHECKPOINTS],
+    "orders": ORDERS,
 }
 BATCH, STATE, SCORES = "batch", "state", "scores"
 
@@ -222,10 +223,10 @@ def judge_chains(spec: ChainSpec) -> tuple[int, int, int]:
     if not lost and not doubled:
         assert run.rows.equals(calm.rows)
         assert run.batches.drop("file", "sha256").equals(calm.batches.drop("file", "sha256"))
-        named = pl.col("edits").is_in(CHAIN["checkpoints"])
+        named = pl.col("edits").is_in(CHECKPOINTS)
         assert run.batches.filter(named).equals(calm.batches.filter(named))
     assert run.states == calm.states, (run.states.keys(), calm.states.keys())
-    assert len(run.states) == CHAIN["orders"] * len(CHAIN["checkpoints"])
+    assert len(run.states) == ORDERS * len(CHECKPOINTS)
     if "://" not in spec.root:
         left = [path.name for path in Path(spec.root).rglob(".tmp-*")]
         assert not left, left
