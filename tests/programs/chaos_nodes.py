@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _initialize_internal_kv
 
 ROOT = Path(__file__).parents[2]
 PREEMPTION = 2
@@ -47,6 +48,10 @@ class Nodes:
     def add(self) -> Any:
         node = self._cluster.add_node(num_cpus=self._cpus, **_SMALL)
         self.nodes.append(node)
+        if ray.is_initialized():
+            # Starting a node gives its store of keys to this process, which may have joined another
+            # Ray. Ray ends a process that asks a store which is gone.
+            _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
         return node
 
     def power_off(self, node: Any) -> None:
