@@ -62,7 +62,7 @@ def heard_by_driver(run: str, lease: Lease) -> Iterator[None]:
 def read(run: str, leases: Iterable[Lease]) -> dict[Lease, float]:
     """How many rows are done of each lease that a worker tells of."""
     keys = {_key(run, lease): lease for lease in leases}
-    client = ray._private.worker.global_worker.gcs_client
+    client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
     found = client.internal_kv_multi_get([*keys], _NAMESPACE) if keys else {}
     return {keys[key]: min(float(text), keys[key].rows) for key, text in found.items() if text}
 

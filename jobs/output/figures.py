@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import matplotlib as mpl
 import polars as pl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -105,13 +106,13 @@ def _mark_layer(axes: Axes, layer: int | None, shift: float = 0) -> None:
 
 def _legend(figure: Figure) -> None:
     """One for all panels, right of them, in their own order; none if nothing has a name."""
-    named = {}
+    named: dict[str, Artist] = {}
     for axes in figure.axes:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             named.setdefault(label, line)
     if named:
         figure.legend(
-            named.values(), named.keys(), frameon=False, fontsize=8, loc="outside right center"
+            [*named.values()], [*named], frameon=False, fontsize=8, loc="outside right center"
         )
 
 

@@ -51,7 +51,7 @@ class Nodes:
         if ray.is_initialized():
             # Starting a node gives its store of keys to this process, which may have joined another
             # Ray. Ray ends a process that asks a store which is gone.
-            _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+            _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)  # type: ignore[attr-defined]
         return node
 
     def power_off(self, node: Any) -> None:
