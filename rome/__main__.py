@@ -1,37 +1,17 @@
 """python -m rome edit --prompt "{} is located in" --subject "The Eiffel Tower" --target Rome
 
 One fact, before and after its edit. `show` does the same with an edit that was written to a file.
+Only the lines are here: torch, which is slow, is imported when one of them is right.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from math import exp
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
-
-from rome import library, models, options
-from rome import second_moment as second_moments
-from rome.data.records import Request
-from rome.editors import EDITORS
-from rome.edits import files as edit_files
-from rome.edits import peft_export
-from rome.edits.deltas import Edit
-from rome.models import EditableModel, memory
-from rome.paths import CONFIGS, local, workspace
-from rome.scoring import greedy, probabilities
-from rome.scoring.generation import UNEDITED
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-_CONFIGS = CONFIGS / "models"
 
 _Model = Annotated[
     str,
@@ -58,7 +38,7 @@ def edit(
         str | None, typer.Option(help="What it is taken to say now, for editors that ask.")
     ] = None,
     model: _Model = "smollm2-135m",
-    editor: Annotated[str, typer.Option(help="One of: " + ", ".join(EDITORS))] = "rome",
+    editor: Annotated[str, typer.Option(help="Its name; another is answered with all.")] = "rome",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the editor: key=value.")
     ] = None,
@@ -71,25 +51,19 @@ def edit(
     export: _Export = None,
 ) -> None:
     """Edit one fact, and show what the model says before and after."""
-    with _errors():
-        # All that can be wrong without the model is, before its weights are loaded.
-        request = Request(prompt, subject, target, target_true)
-        request.check()
-        _check_export(export)
-        if out:
-            local(out)
-        config = _config(model, dtype)
-        settings = _settings(editor, config["editors"].get(editor, {}), overrides or [])
-        loaded = _load(config)
-        second_moment = second_moment or _held(loaded, editor, settings)
-        with warnings.catch_warnings(record=True) as caught:
-            made = library.edit(loaded, request, editor, second_moment, **settings)
-        for warning in caught:
-            typer.echo(f"note: {warning.message}", err=True)
-        _show(loaded, made, say or [])
-        if out:
-            edit_files.save(out, made, loaded, editor)
-        _export(loaded, made, export)
+    from rome import one_fact
+
+    one_fact.edit(
+        (prompt, subject, target, target_true),
+        model,
+        dtype,
+        editor,
+        overrides or [],
+        second_moment,
+        say or [],
+        out,
+        export,
+    )
 
 
 @app.command()
@@ -101,92 +75,9 @@ def show(
     export: _Export = None,
 ) -> None:
     """Show what the model says without and with an edit from a file."""
-    with _errors():
-        _check_export(export)
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; give one that `edit --out` wrote")
-        loaded = _load(_config(model, dtype))
-        made, origin = edit_files.load(file, loaded)
-        typer.echo(f"{made.request.text} {made.request.target} ({origin.editor}, {origin.model})")
-        _show(loaded, made, say or [])
-        _export(loaded, made, export)
+    from rome import one_fact
 
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Print an error of the user without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-
-
-def _config(source: str, dtype: str | None) -> dict[str, Any]:
-    """Of a model: `source`, `dtype`, and the settings of `editors`."""
-    config: dict[str, Any] = {"source": source, "dtype": "float32", "editors": {}}
-    path = Path(source) if source.endswith(".yaml") else _CONFIGS / f"{source}.yaml"
-    if path.exists():
-        config |= options.read(path)
-    config["dtype"] = dtype or config["dtype"]
-    if config["dtype"] not in models.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(models.DTYPES)}, got '{dtype}'")
-    return config
-
-
-def _load(config: dict[str, Any]) -> EditableModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models.use_precision(config["dtype"])
-    return models.load(config["source"], config["dtype"], device, config.get("name"))
-
-
-def _held(model: EditableModel, editor: str, settings: dict[str, Any]) -> str | None:
-    """The files of C that the workspace holds for these weights, `{layer}` in their name."""
-    layers = EDITORS[editor].second_moments(EDITORS[editor].settings(**settings))
-    files = second_moments.held(workspace() / "second_moments", model, layers) if layers else None
-    if files:
-        typer.echo(f"note: C is that of {files}", err=True)
-    return files
-
-
-def _settings(editor: str, configured: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Fields of an editor's settings. Raises ValueError, naming a key that it has not."""
-    if editor not in EDITORS:
-        raise ValueError(f"editor must be one of {', '.join(EDITORS)}, got '{editor}'")
-    given = options.overridden(configured, overrides)
-    return {**vars(options.validate(EDITORS[editor].settings, given, f"{editor}: "))}
-
-
-def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
-    """The target's probability, and what the model says, without and with the edit."""
-    request, both = edit.request, [UNEDITED, edit]
-    budget = memory.token_budget(model)
-    fact = request.text, request.target, request.separator
-    asked = [probabilities.Query(e, *fact) for e in range(2)]
-    scores = probabilities.score(model, asked, both, budget)
-    text, target, separator = fact
-    questions = [greedy.Question(e, text, (target,), separator) for e in range(2)]
-    table = Table("", "before", "after")
-    table.add_row(f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores))
-    table.add_row(f"{request.text} ...", *greedy.say(model, questions, both, budget))
-    prompts = [request.text, *texts]
-    said = zip(prompts, *(library.generate(model, prompts, one) for one in both), strict=True)
-    for prompt, *continued in said:
-        ends = (" ".join(text.removeprefix(prompt).split()) for text in continued)
-        table.add_row(f"{prompt} ... (sampled)", *ends)
-    Console(markup=False, emoji=False).print(table)
-
-
-def _check_export(target: tuple[str, Path] | None) -> None:
-    if target and target[0] != "peft":
-        raise ValueError(f"--export takes `peft DIR`, got '{target[0]}'")
-    if target:
-        local(target[1])
-
-
-def _export(model: EditableModel, edit: Edit, target: tuple[str, Path] | None) -> None:
-    if target:
-        peft_export.export(target[1], edit, model)
+    one_fact.show(file, model, dtype, say or [], export)
 
 
 if __name__ == "__main__":

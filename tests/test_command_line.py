@@ -46,7 +46,7 @@ def test_the_map_of_all_commands() -> None:
     check(measured)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help(name: str) -> None:
     status, said, measured = answer(name, "--help")
     assert (status, "Usage:" in said) == (0, True)

@@ -187,7 +187,7 @@ def test_one_fact_is_edited_and_shown(installed: Installed, model: Path) -> None
 
 
 def test_an_extra_holds_what_its_commands_need(installed: Installed) -> None:
-    imports = "import rome.__main__; [getattr(rome, name) for name in rome.__all__]"
+    imports = "import rome.one_fact; [getattr(rome, name) for name in rome.__all__]"
     installed.without(["cluster", "report"], imports)
     commands = ["prepare", "second_moment", "evaluate", "reduce", "status"]
     installed.without(["report"], "import " + ", ".join(f"jobs.{name}" for name in commands))

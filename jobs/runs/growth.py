@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.grid import Grid
-from jobs.runs.config import RunConfig
 from rome.options import ConfigError
+
+if TYPE_CHECKING:  # It imports torch, which readers of manifests do without.
+    from jobs.runs.config import RunConfig
 
 _GROWN = "grown"
 
