@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKSPACE := $(or $(ROME_WORKSPACE),$(HOME)/rome-workspace)
 # Records of `make bench`: a number, or `all`; with more of them, the run that is there takes more.
-RECORDS ?= 16
+RECORDS ?= 12
 BENCH = $(WORKSPACE)/runs/bench
 
 .PHONY: setup help bench documents site perf gpu roundings simulate chaos scale table1 table4 qaedit lifelong table-variants lint check test test-long clean
@@ -20,11 +20,11 @@ help: ## List these targets.
 	@sed -nE 's/^([a-z0-9-]+):.* ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 # One fact first, to look at while the rest is done; tokens: twenty for each dimension of a key.
-bench: setup ## Edit, score and report a real model: RECORDS=16, or all.
+bench: setup ## Edit, score and report a real model: RECORDS=12, or all.
 	$(BIN)/python -m rome edit --prompt "{} is located in" --subject "The Eiffel Tower" --target Rome
 	$(BIN)/python -m jobs.evaluate configs/runs/everyday-rome.yaml --out $(BENCH) \
 		--set records.limit=$(if $(filter all,$(RECORDS)),null,$(RECORDS)) \
-		--set model.second_moment.tokens=auto --set lease_records=4
+		--set model.second_moment.tokens=auto --set lease_records=3
 	$(BIN)/python -m jobs.report $(BENCH) --out $(BENCH).html
 
 documents: setup ## Write the documents that follow from the code.
