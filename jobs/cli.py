@@ -73,6 +73,15 @@ def check_config(config: str, overrides: list[str] | None) -> None:
     filled_each(config, overrides or [])
 
 
+def check_run_config(config: str, overrides: list[str] | None) -> None:
+    """The same of a run, whose keys are looked at as well, but for the settings of editors."""
+    from jobs.runs.config import outlined
+    from jobs.runs.config_files import filled_each
+
+    for data in filled_each(config, overrides or []):
+        outlined(config, data)
+
+
 def check_runs(run_dirs: list[str]) -> None:
     """Raises ValueError where a path is no run directory: at once, before what is slow is there."""
     from cluster.store import Store

@@ -30,9 +30,9 @@ from jobs.runs.config import RunConfig
 from jobs.runs.parts import SWEEP, write_table
 from rome import models, options
 from rome.editors.contexts import Position
-from rome.evaluation import ScoringSettings
 from rome.options import ConfigError
 from rome.paths import inside, workspace
+from rome.scoring.settings import ScoringSettings
 
 _ROME = "rome"
 # Curves of ES, PS, NS and S need probabilities alone.

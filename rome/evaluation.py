@@ -4,54 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from rome.data.records import Record
-from rome.data.wording import FORMS, in_form, worded
+from rome.data.wording import in_form, worded
 from rome.editors import Editor
 from rome.edits.deltas import Edit, refuse_if_not_finite, total_norm
 from rome.edits.several import RecordEditor, edit_records
 from rome.models import EditableModel, chat
 from rome.scoring import generation, greedy, probabilities, probe_sets, text_metrics
-from rome.scoring.generation import GenerationSettings
 from rome.scoring.probabilities import Extras
-from rome.settings import configurable
-
-PromptTemplate = Literal["raw", "chat", "chat_edits", "chat_probes"]
-"""Which prompts stand in the tokenizer's chat template: none, all, those of the edits, or those of
-what is asked."""
-
-
-@configurable(max_tokens=(1, 10_000))
-class WildSettings:
-    """Settings of WILD."""
-
-    form: str = "plain"
-    """One of `rome.data.wording.FORMS`."""
-    max_tokens: int = 50
-    """Tokens that are said at most."""
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-
-
-@configurable()
-class ScoringSettings:
-    """Settings of scoring."""
-
-    generation: GenerationSettings | None = field(default_factory=GenerationSettings)
-    """Null writes no texts, and so has no GE and RS."""
-    strict: bool = True
-    """Also decode greedy answers: ES_strict, PS_strict, NS_strict."""
-    neighborhood_plus: bool = True
-    """The neighborhood prompts once more, each after the edited sentence: NS_plus."""
-    wild: WildSettings | None = None
-    """Also decode as WILD does: ES_wild, PS_wild, NS_wild. Null does not."""
-    reversed: bool = True
-    """The reversed fact, where the relation has a prompt in configs/facts/reversed.yaml: RVS."""
+from rome.scoring.settings import GenerationSettings, PromptTemplate, ScoringSettings
 
 
 def evaluate(

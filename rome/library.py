@@ -16,7 +16,7 @@ from rome.editors import EDITORS, Resources
 from rome.edits.deltas import Edit
 from rome.models import EditableModel, memory, prompts
 from rome.scoring import generation
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from rome.solver import Solver
 
 # How many context templates of which length in tokens, as published.

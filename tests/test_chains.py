@@ -47,7 +47,8 @@ from rome.data.records import Record, Request, from_table
 from rome.editors import Editor, Unedited
 from rome.edits.deltas import DenseDelta, Edit, dense
 from rome.edits.files import EditOrigin, dumps_chain, loads_chain
-from rome.edits.sequences import ChainState, Grouping
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import ChainState
 from rome.models import EditableModel
 from rome.options import ConfigError
 from rome.scoring import drift

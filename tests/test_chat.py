@@ -11,10 +11,11 @@ import torch
 from rome import models
 from rome.data.records import Record, Request
 from rome.edits.deltas import Edit
-from rome.evaluation import PromptTemplate, ScoringSettings, WildSettings, evaluate
+from rome.evaluation import evaluate
 from rome.models import EditableModel, chat, prompts
 from rome.scoring.generation import UNEDITED
 from rome.scoring.probabilities import Query, score
+from rome.scoring.settings import PromptTemplate, ScoringSettings, WildSettings
 from tests.support import tiny
 from tests.support.computations import RECORDS
 from tests.support.tiny import REQUESTS

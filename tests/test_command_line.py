@@ -14,6 +14,7 @@ from jobs.cli import check_config
 from rome.options import ConfigError
 
 SLOW = ("torch", "ray", "transformers", "scipy", "matplotlib", "sklearn", "datasets")
+RUN = "configs/runs/everyday-rome.yaml"
 PROGRAM = """
 import atexit, json, sys, time
 *sys.argv[1:], slow = json.loads(sys.argv.pop())
@@ -60,9 +61,11 @@ def test_help(name: str) -> None:
         (["evaluate", "x.yaml", "--sett", "a=1"], "No such option"),
         (["evaluate", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (
-            ["evaluate", "configs/runs/everyday-rome.yaml", "--set", "limit"],
+            ["evaluate", RUN, "--set", "limit"],
             "--set takes key=value",
         ),
+        (["evaluate", RUN, "--set", "records.limt=3"], "records.limt: unknown key 'limt'; did you"),
+        (["sweep", RUN, "--set", "scoring.strct=true"], "did you mean 'strict'?"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["reduce", "/nowhere"], "/nowhere is not a run directory"),
         (["compare", "/nowhere"], "/nowhere is not a run directory"),

@@ -10,7 +10,7 @@ import torch
 from rome.models import costs
 from rome.scoring import decoding, generation
 from rome.scoring.decoding import Row
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from tests.support import tiny
 from tests.support.two_gpus import costs_like
 

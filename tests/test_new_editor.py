@@ -13,9 +13,9 @@ from jobs.runs import config as configs
 from rome.data.records import Record, Request
 from rome.editors import EDITORS, Kind, Resources
 from rome.edits.deltas import applied, dense
-from rome.evaluation import ScoringSettings, evaluate
+from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings, ScoringSettings
 from tests.support import tiny
 from tests.support.tiny import REQUESTS, TEMPLATES
 

@@ -17,8 +17,9 @@ from rome.data import rows as rows_of
 from rome.data.probes import Probe, Role
 from rome.data.records import Record, from_table, to_table
 from rome.data.results import OK, RESULT_SCHEMA
-from rome.evaluation import ScoringSettings, WildSettings, evaluate
+from rome.evaluation import evaluate
 from rome.scoring.probabilities import Query, score
+from rome.scoring.settings import ScoringSettings, WildSettings
 from tests.support import tiny
 from tests.support.computations import random_edits
 

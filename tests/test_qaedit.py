@@ -19,7 +19,8 @@ from rome.data.records import from_table
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.data.wording import in_form
 from rome.editors import Unedited
-from rome.evaluation import ScoringSettings, WildSettings, evaluate
+from rome.evaluation import evaluate
+from rome.scoring.settings import ScoringSettings, WildSettings
 from tests.support import oracle, tiny
 from tests.support.computations import random_edits
 from tests.support.oracle import changed

@@ -13,9 +13,10 @@ from rome.data.answers import until_stop
 from rome.data.records import Record
 from rome.models import EditableModel
 from rome.scoring import generation, greedy
-from rome.scoring.generation import UNEDITED, GenerationSettings, Start
+from rome.scoring.generation import UNEDITED, Start
 from rome.scoring.greedy import Question
 from rome.scoring.probabilities import Extras, Query, score, score_records
+from rome.scoring.settings import GenerationSettings
 from tests.support import oracle, tiny
 from tests.support.computations import MAIN, random_edits
 from tests.support.oracle import changed

@@ -22,7 +22,8 @@ from rome.editors import Editor, Unedited
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import DenseDelta, Edit, LowRankDelta, dense
-from rome.edits.sequences import Grouping, grouped
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import grouped
 from rome.evaluation import evaluate
 from rome.models import EditableModel
 from rome.options import ConfigError

@@ -18,10 +18,12 @@ from rome.data import rows as rows_of
 from rome.data.probes import Probe
 from rome.data.records import from_table, to_table
 from rome.edits.deltas import DenseDelta, Edit, written
-from rome.edits.sequences import Grouping, grouped
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import grouped
 from rome.edits.several import edit_records
-from rome.evaluation import ScoringSettings, evaluate
+from rome.evaluation import evaluate
 from rome.models import EditableModel
+from rome.scoring.settings import ScoringSettings
 from tests.support import tiny
 from tests.support.commands import command
 from tests.support.computations import few_steps_editor

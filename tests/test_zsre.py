@@ -25,9 +25,10 @@ from rome.data.records import Record, from_table, to_table
 from rome.data.results import OK, RESULT_SCHEMA
 from rome.editors import Unedited
 from rome.edits.deltas import Edit
-from rome.evaluation import ScoringSettings, evaluate
+from rome.evaluation import evaluate
 from rome.models import EditableModel
 from rome.scoring.probabilities import score_records
+from rome.scoring.settings import ScoringSettings
 from tests.support import oracle, tiny
 from tests.support.computations import MAIN, random_edits
 from tests.support.oracle import changed

@@ -31,5 +31,5 @@ def main(
     A run of several models has a run directory for each of them in its own.
     """
     with cli.errors():
-        cli.check_config(config, overrides)
+        cli.check_run_config(config, overrides)
     cli.job("evaluate").main(config, out, overrides, edits, retry_dead)

@@ -18,5 +18,5 @@ def main(
 ) -> None:
     """Compute the second moments that a run needs; what is there already is not done again."""
     with cli.errors():
-        cli.check_config(config, overrides)
+        cli.check_run_config(config, overrides)
     cli.job("second_moment").main(config, overrides)

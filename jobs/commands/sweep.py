@@ -23,5 +23,5 @@ def main(
 ) -> None:
     """Edit at every layer and token, and draw the scores; the same line resumes."""
     with cli.errors():
-        cli.check_config(config, overrides)
+        cli.check_run_config(config, overrides)
     cli.job("sweep").main(config, out, layers, positions, overrides)

@@ -27,7 +27,8 @@ from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, prompts
 from rome.options import ConfigError
 from rome.scoring import generation
-from rome.scoring.generation import UNEDITED, GenerationSettings, Start
+from rome.scoring.generation import UNEDITED, Start
+from rome.scoring.settings import GenerationSettings
 
 SELF = "self"
 # So many that the workers of a cluster have some each, and a lease can be of any share.

@@ -14,7 +14,7 @@ from math import gcd
 from cluster.grid import Grid
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import BATCHES, at, hive_path
-from rome.edits.sequences import Grouping
+from rome.edits.grouping import Grouping
 from rome.options import ConfigError
 
 _EDITS_OF_A_LEASE = 100

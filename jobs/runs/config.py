@@ -8,21 +8,23 @@ model's file, then from the run's.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from math import lcm
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from cluster.settings import RunSettings
 from jobs.runs.config_files import filled, filled_each
 from rome import options
-from rome.editors import EDITORS
-from rome.edits.sequences import Grouping
-from rome.evaluation import PromptTemplate, ScoringSettings
+from rome.edits.grouping import Grouping
 from rome.options import ConfigError
+from rome.scoring.settings import PromptTemplate, ScoringSettings
 from rome.settings import configurable, within
+
+if TYPE_CHECKING:
+    from rome.editors import Kind
 
 _GROUPING = [f.name for f in fields(Grouping)]
 
@@ -129,8 +131,8 @@ class RunConfig:
     def kind(self, name: str) -> str:
         """The registered editor of a row. Raises ConfigError."""
         kind: str = self.editors[name].get("editor", name)
-        if kind not in EDITORS:
-            raise ConfigError(f"editors.{name}: {options.unknown('editor', kind, EDITORS)}")
+        if kind not in (known := _registered()):
+            raise ConfigError(f"editors.{name}: {options.unknown('editor', kind, known)}")
         return kind
 
     def takes_stored(self, name: str) -> bool:
@@ -143,7 +145,7 @@ class RunConfig:
         taken = {*_GROUPING, "editor"}
         given = {k: v for k, v in self.editors[name].items() if k not in taken}
         merged = options.merged(self.model.editors.get(kind, {}), given)
-        return kind, options.validate(EDITORS[kind].settings, merged, f"editors.{name}.")
+        return kind, options.validate(_registered()[kind].settings, merged, f"editors.{name}.")
 
     def grouping(self, name: str) -> Grouping:
         """The records of a row that share an edited model. Raises ConfigError."""
@@ -191,14 +193,27 @@ def load_each(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> li
     return chosen
 
 
-def _checked(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
+def outlined(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
+    """The config in which all but the editors and their settings is checked, without torch, which
+    these import. Raises ConfigError."""
     config: RunConfig = options.validate(RunConfig, data, f"{path}: ")
     if not config.editors:
         raise ConfigError(f"{path}: editors must name at least one editor, such as none or rome")
+    return config
+
+
+def _registered() -> Mapping[str, Kind]:
+    from rome.editors import EDITORS
+
+    return EDITORS
+
+
+def _checked(path: str | os.PathLike[str], data: dict[str, Any]) -> RunConfig:
+    config, known = outlined(path, data), _registered()
     for kind, settings in config.model.editors.items():
-        if kind not in EDITORS:
-            raise ConfigError(f"{path}: model.editors: {options.unknown('editor', kind, EDITORS)}")
-        options.validate(EDITORS[kind].settings, settings, f"{path}: model.editors.{kind}.")
+        if kind not in known:
+            raise ConfigError(f"{path}: model.editors: {options.unknown('editor', kind, known)}")
+        options.validate(known[kind].settings, settings, f"{path}: model.editors.{kind}.")
     for name in config.editors:
         config.editor(name)
         config.grouping(name)

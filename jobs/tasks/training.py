@@ -34,7 +34,8 @@ from rome.models import EditableModel, memory
 from rome.options import ConfigError
 from rome.paths import inside, workspace
 from rome.scoring import generation
-from rome.scoring.generation import UNEDITED, GenerationSettings, Start
+from rome.scoring.generation import UNEDITED, Start
+from rome.scoring.settings import GenerationSettings
 
 CURVE, WEIGHTS, CHECKPOINT = "curve.parquet", "weights.safetensors", "checkpoint.safetensors"
 _EXAMPLES = "examples.parquet"

@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 from rome.data.records import Record
 from rome.editors import Editor, JointEditor
 from rome.edits.deltas import Edit
-from rome.edits.sequences import Grouping, grouped, shares_a_model
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import grouped, shares_a_model
 from rome.models import EditableModel
 
 

@@ -18,17 +18,7 @@ from rome.edits.deltas import Edit
 from rome.models import EditableModel, costs, memory
 from rome.scoring import decoding, text_metrics
 from rome.scoring.decoding import Row
-from rome.settings import configurable
-
-
-@configurable(top_k=1, max_tokens=2)
-class GenerationSettings:
-    """Settings of sampled texts (reference code: `generate_fast`)."""
-
-    top_k: int = 5
-    max_tokens: int = 100
-    """Length of a text in tokens, prompt included; no stop at EOS."""
-    seed: int = 0
+from rome.scoring.settings import GenerationSettings
 
 
 @dataclass(frozen=True)

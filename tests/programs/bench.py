@@ -24,7 +24,7 @@ from rome.editors.values import ValueSettings
 from rome.models import EditableModel, prompts
 from rome.paths import CONFIGS
 from rome.scoring import generation, text_metrics
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from rome.second_moment import SecondMoment
 from rome.solver import Solver
 

@@ -22,9 +22,8 @@ from rome.analysis.metrics import METRICS
 from rome.editors import EDITORS
 from rome.editors.training import TrainingSettings
 from rome.editors.values import ValueSettings
-from rome.edits.sequences import Grouping
-from rome.evaluation import ScoringSettings, WildSettings
-from rome.scoring.generation import GenerationSettings
+from rome.edits.grouping import Grouping
+from rome.scoring.settings import GenerationSettings, ScoringSettings, WildSettings
 from rome.tracing import TraceSettings
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from rome.data.records import Record
 from rome.models import EditableModel
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from tests.support import oracle, reference
 
 

@@ -24,7 +24,7 @@ from rome.editors.values import ValueSettings
 from rome.edits.deltas import dense
 from rome.models import EditableModel, kernels
 from rome.scoring import generation, probabilities
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from tests.programs import bench
 from tests.programs.gpu_report import Report, Task
 from tests.programs.rounds import Clock, Round

@@ -17,7 +17,8 @@ from rome import models
 from rome.data.records import Request
 from rome.editors import EDITORS, Editor, Resources
 from rome.editors.values import ValueSettings
-from rome.edits.sequences import Chain, Grouping
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import Chain
 from rome.models import EditableModel, memory
 from rome.second_moment import SecondMoment
 from rome.solver import Solver

@@ -25,8 +25,9 @@ from rome.data.results import OK, PROMPT_KINDS, RESULT_SCHEMA
 from rome.editors import Editor, Unedited, values
 from rome.editors.rome import Rome
 from rome.edits.deltas import Edit, dense
-from rome.evaluation import ScoringSettings, evaluate
+from rome.evaluation import evaluate
 from rome.scoring import generation, probabilities
+from rome.scoring.settings import ScoringSettings
 from tests.programs import bench
 from tests.programs.bench import Bench
 from tests.support import oracle, reference

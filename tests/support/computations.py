@@ -38,10 +38,11 @@ from rome.editors.training import Trainer, TrainingSettings
 from rome.editors.ultraedit import UltraEdit, UltraEditSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, LowRankDelta, dense, written
-from rome.edits.sequences import Grouping, grouped
-from rome.evaluation import ScoringSettings, evaluate
+from rome.edits.grouping import Grouping
+from rome.edits.sequences import grouped
+from rome.evaluation import evaluate
 from rome.models import EditableModel
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings, ScoringSettings
 from rome.second_moment import SecondMoment
 from rome.tracing import KnownFact, TraceSettings
 from tests.support import tiny

@@ -21,7 +21,7 @@ from rome.data.records import Record, Request
 from rome.editors.rome import RomeSettings
 from rome.models import EditableModel, prompts
 from rome.scoring import generation
-from rome.scoring.generation import GenerationSettings
+from rome.scoring.settings import GenerationSettings
 from tests.support import oracle
 
 
