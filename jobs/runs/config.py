@@ -106,7 +106,7 @@ class RunConfig:
     """A name in configs/benchmarks, or the folder or URI of a prepared store."""
     editors: dict[str, dict[str, Any]]
     """Name of a row of the table -> settings; the key `editor` says which editor it is if the name
-    does not. The keys of `rome.edits.sequences.Grouping` say how many records share an edited
+    does not. The keys of `rome.edits.grouping.Grouping` say how many records share an edited
     model."""
     records: SliceConfig = field(default_factory=SliceConfig)
     templates: TemplateConfig = field(default_factory=TemplateConfig)
