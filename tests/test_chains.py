@@ -31,6 +31,7 @@ from jobs.compare import compare, read
 from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.inputs.record_stores import grid_of, prepare
+from jobs.output import chains as chain_pages
 from jobs.reduce import app as reduce_app
 from jobs.reduce import reduce
 from jobs.runs import config as configs
@@ -42,6 +43,7 @@ from jobs.status import status
 from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
 from rome.analysis import chains
+from rome.analysis.metrics import METRICS
 from rome.analysis.summary import with_metrics
 from rome.data.records import Record, Request, from_table
 from rome.editors import Editor, Unedited
@@ -390,6 +392,34 @@ def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:
     printed = invoke(reduce_app, out).output
     assert "Chains" in printed
     assert f"{saved['perplexity'][1]:.2f} of {saved['perplexity_unedited'][1]:.2f}" in printed
+
+
+def test_a_chain_of_zsre_has_the_scores_of_zsre() -> None:
+    names = ["efficacy", "paraphrase", "specificity"]
+    keys = {"benchmark": "zsre", "model": "m", "editor": "memit@2", "edits": 2}
+    none = dict.fromkeys(("S", *METRICS))
+    orders = [keys | none | dict.fromkeys(names, 40.0 + order) for order in (0, 2)]
+    found = chains.over_orders(pl.DataFrame(orders, infer_schema_length=None)).with_columns(
+        chain=pl.lit("memit"),
+        **dict.fromkeys(("perplexity", "perplexity_unedited", "agreement"), 1.0),
+        norm=1.0,
+        norm_change=0.1,
+    )
+    table = chain_pages.table(found)
+    assert [column.header for column in table.columns][2:5] == names
+    assert [*table.columns[2].cells] == ["41.0 ±1.4"]
+    ages = pl.DataFrame(
+        {
+            "chain": ["memit"],
+            "edits": [2],
+            "age": [0.0],
+            "ES": [None],
+            **{name: [41.0] for name in names},
+        }
+    )
+    drawn = chain_pages.figure(found, ages, "zsRE")
+    titles = [axes.get_title() for axes in drawn.axes if axes.get_visible()]
+    assert titles == [*names, "perplexity", "agreement", *(f"{name} by age" for name in names)]
 
 
 def test_a_checkpoint_is_a_model_that_transformers_loads(tmp_path: Path) -> None:

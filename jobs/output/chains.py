@@ -12,14 +12,13 @@ from rich.table import Table
 from cluster.store import Store
 from jobs.runs.parts import BATCHES, PARTS, collect, hive_values
 from rome.analysis import chains
-from rome.analysis.metrics import SUCCESSES
+from rome.analysis.metrics import SUCCESSES, table_of
 from rome.data.results import OK
 
 if TYPE_CHECKING:  # `reduce` makes its table where no figure can be drawn.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SCORES = ("S", *SUCCESSES, "GE", "RS")
 _DRIFT = ("perplexity", "perplexity_unedited", "agreement", "norm", "norm_change")
 
 
@@ -75,10 +74,11 @@ def table(frame: pl.DataFrame) -> Table:
         f"± is the deviation over {orders} orders. " if orders > 1 else ""
     ) + "Perplexity and agreement: of held-out text, with the unedited model."
     found.add_column("Editor")
-    for name in ("Edits", "S", *SUCCESSES, "perplexity", "agreement", "change"):
+    rates = _rates(frame)
+    for name in ("Edits", *rates, "perplexity", "agreement", "change"):
         found.add_column(name, justify="right", no_wrap=True)
     for row in frame.to_dicts():
-        scores = [_with_std(row[name], row[f"{name}_std"]) for name in _SCORES[:4]]
+        scores = [_with_std(row[name], row[f"{name}_std"]) for name in rates]
         found.add_row(
             row["chain"],
             str(row["edits"]),
@@ -88,6 +88,11 @@ def table(frame: pl.DataFrame) -> Table:
             _written("{:.2%}", row["norm_change"], by=row["norm"]),
         )
     return found
+
+
+def _rates(frame: pl.DataFrame) -> Sequence[str]:
+    """The scores of COUNTERFACT or, where records have one target, of zsRE."""
+    return ("S", *SUCCESSES) if frame["ES"].count() else table_of("zsre")
 
 
 def _with_std(value: float | None, std: float | None) -> str:
@@ -105,10 +110,12 @@ def figure(frame: pl.DataFrame, ages: pl.DataFrame, title: str) -> Figure:
 
     A band is one deviation over orders on either side of the mean.
     """
-    names = [name for name in _SCORES if frame[name].count()]
-    drift = [name for name in ("perplexity", "agreement") if frame[name].count()]
-    aged = [name for name in SUCCESSES if name in names]
-    rows = [names, drift, aged] if drift else [names, aged]
+    scores, drift = (
+        [name for name in names if frame[name].count()]
+        for names in ((*_rates(frame), "GE", "RS"), ("perplexity", "agreement"))
+    )
+    aged = [name for name in scores if name in ages.columns]
+    rows = [scores, drift, aged] if drift else [scores, aged]
     columns = max(map(len, rows))
     from matplotlib.figure import Figure
 
@@ -116,8 +123,9 @@ def figure(frame: pl.DataFrame, ages: pl.DataFrame, title: str) -> Figure:
     panels = drawn.subplots(len(rows), columns, squeeze=False)
     for axes in panels.flat:
         axes.set_visible(False)
-    for axes, name in [*zip(panels[0], names, strict=False), *zip(panels[1], drift, strict=False)]:
-        _curve(axes, frame, name)
+    for names, axes_of_row in zip(rows[:-1], panels, strict=False):
+        for axes, name in zip(axes_of_row, names, strict=False):
+            _curve(axes, frame, name)
     for axes, name in zip(panels[-1], aged, strict=False):
         _aged(axes, ages, name)
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -145,7 +153,7 @@ def _aged(axes: Axes, ages: pl.DataFrame, name: str) -> None:
     last = ages.filter(pl.col("edits") == pl.col("edits").max().over("chain"))
     for colour, (_, of) in _coloured(last):
         axes.plot(of["age"].to_numpy(), of[name].to_numpy(), color=colour)
-    axes.set_title(f"{name} of the last checkpoint")
+    axes.set_title(f"{name} by age")
     axes.set_xlabel("edits since a fact's own")
 
 

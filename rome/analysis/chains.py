@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from rome.analysis.metrics import METRICS, SUCCESSES, harmonic_mean
+from rome.analysis.metrics import METRICS, SUCCESSES, harmonic_mean, table_of
 from rome.analysis.summary import with_metrics
 from rome.data.results import OK
 
@@ -36,14 +36,17 @@ def over_orders(orders: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_age(rows: pl.LazyFrame) -> pl.DataFrame:
-    """ES, PS and NS x 100 by (benchmark, model, editor, edits, part): the facts of a checkpoint in
-    AGES parts by `age`, the edits since their own, of which `age` is the part's mean."""
+    """ES, PS, NS and the scores of zsRE x 100 by (benchmark, model, editor, edits, part): the facts
+    of a checkpoint in AGES parts by `age`, the edits since their own, of which `age` is the part's
+    mean."""
     part = (pl.col("age") * AGES // pl.col("edits")).clip(0, AGES - 1).alias("part")
     return (
         _scored(rows)
         .group_by(*_KEYS, part)
         .agg(
-            pl.col("age").mean(), pl.len().alias("n"), *(pl.col(m).mean() * 100 for m in SUCCESSES)
+            pl.col("age").mean(),
+            pl.len().alias("n"),
+            pl.col(*SUCCESSES, *table_of("zsre")).mean() * 100,
         )
         .sort(*_KEYS, "part")
         .collect()
