@@ -47,6 +47,8 @@ from rome.analysis.metrics import METRICS
 from rome.analysis.summary import with_metrics
 from rome.data.records import Record, Request, from_table
 from rome.editors import Editor, Unedited
+from rome.editors.ultraedit import UltraEdit, UltraEditSettings
+from rome.edits import sequences
 from rome.edits.deltas import DenseDelta, Edit, dense
 from rome.edits.files import EditOrigin, dumps_chain, loads_chain
 from rome.edits.grouping import Grouping
@@ -552,3 +554,17 @@ def test_a_state_is_a_file(tmp_path: Path) -> None:
     assert found.carried["layer.1.keys"].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="has the weights another"):
         loads_chain(dumps_chain(state, origin), model, "another", "here")
+
+
+def test_a_chain_goes_on_from_a_file_to_the_same_bits() -> None:
+    """Products of tensors of another layout round otherwise."""
+    model = tiny.model("gpt2")
+    settings = UltraEditSettings(down=(LAYER,), learning_rate=0.001)
+    grouping = Grouping(edits_per_model=2, sequence=2)
+    chain = sequences.Chain(model, UltraEdit(model, settings, 4000), grouping)
+    fingerprint = model.fingerprint()
+    origin = EditOrigin(editor="ultraedit", model="tiny", model_fingerprint=fingerprint)
+    _, state = chain.go_on(chain.begin(), tiny.REQUESTS[:2])
+    kept, _ = loads_chain(dumps_chain(state, origin), model, fingerprint, "here")
+    here, there = (chain.go_on(one, tiny.REQUESTS[2:4])[1] for one in (state, kept))
+    assert dumps_chain(here, origin) == dumps_chain(there, origin)

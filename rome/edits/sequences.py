@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -57,7 +57,7 @@ class Chain:
             batch = requests[start : start + self.grouping.edits_per_model]
             edit, carried = self._edit(state, batch)
             total = _added(state.total, edit.deltas)
-            state = ChainState(state.edits + len(batch), total, carried)
+            state = _as_kept(ChainState(state.edits + len(batch), total, carried))
             health += [edit.health] * len(batch)
         return health, state
 
@@ -139,6 +139,18 @@ class _Grouped:
             deltas = scored(self._chain.model, self._chain.grouping, self._state)
             edits += [Edit(request, deltas, h) for request, h in zip(some, health, strict=True)]
         return edits
+
+
+def _as_kept(state: ChainState) -> ChainState:
+    """The same with its tensors laid out as a file has them: products of others round otherwise,
+    and a chain that was gone on with elsewhere would differ in its last bits."""
+    total = {
+        name: replace(delta, **{part: x.contiguous() for part, x in vars(delta).items()})
+        for name, delta in state.total.items()
+    }
+    return replace(
+        state, total=total, carried={name: x.contiguous() for name, x in state.carried.items()}
+    )
 
 
 def _added(total: Mapping[str, Delta], more: Mapping[str, Delta]) -> dict[str, Delta]:
