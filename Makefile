@@ -121,17 +121,18 @@ lint: setup ## Lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two at a time, a file's tests one after another; a process that dies ends them, with its test named.
-PAIRS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart=0
+# Three at a time on two cores, since tests of Ray mostly wait; a file's tests one after another. A process
+# that dies ends them, with its test named.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --max-worker-restart=0
 
 check: lint ## Lint, types, and the tests without Ray, a real model, a browser: two minutes.
-	$(PAIRS) -m "not (ray or model or browser or slow or long)"
+	$(PYTEST) -m "not (ray or model or browser or slow or long)"
 
 test: lint ## All tests but the long ones; says what was skipped and what took long.
-	$(PAIRS) -ra --durations=25 -m "not long"
+	$(PYTEST) -ra --durations=25 -m "not long"
 
 test-long: setup ## Tests of a minute or more: kills inside jobs, a cluster under Slurm, a full disk.
-	$(PAIRS) -ra -m long
+	$(PYTEST) -ra -m long
 
 clean: ## Remove .venv and what the tools leave.
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
