@@ -117,7 +117,8 @@ class Progress:
         """Rows and dead letters in the store, how many of the workers are ready, and what they have
         done of their leases, in rows; these are shown as done, a lost lease's until it is lost."""
         self._show_so_far(done)
-        done += int(under_way)
+        # A lease that a second worker has done is still under way in the first.
+        done = min(done + int(under_way), max(done, self._total))
         self._done, self._dead, self._workers = done, dead, (ready, workers)
         now = time.monotonic()
         if ready:  # The start of Ray and of the workers is not part of the rate.

@@ -307,6 +307,8 @@ def test_results_are_shown_twice_on_the_way_of_a_run_that_takes_long(
     said = capsys.readouterr().err
     assert "not yet" not in said
     assert said.index("10 of 30 rows so far:\nfew") < said.index("21 of 30 rows so far:\nmore")
+    progress.update(28, 0, 2, 2, under_way=4)  # Of a lease that another worker has done.
+    assert "30/30" in progress.line()
     Progress(30, 0, json_of="run", so_far=lambda: "a table").update(20, 0, 2, 2)
     Progress(30, 0, so_far=lambda: [""][1]).update(20, 0, 2, 2)
     said = capsys.readouterr().err
