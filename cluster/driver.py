@@ -272,11 +272,11 @@ class Driver:
 
     def _show(self) -> None:
         ready, done = sum(slot.ready for slot in self._slots), len(self._table.done)
-        under_way = {slot.oldest for slot in self._slots if slot.ready}
+        under_way = {lease for slot in self._slots if slot.ready and (lease := slot.oldest)}
         if self._clock.now() - self._asked >= LOOK_SECONDS:
             self._asked = self._clock.now()
             # What was told stays until the lease ends: the worker takes it back a little before.
-            self._told |= self._crew.told(filter(None, under_way))
+            self._told |= self._crew.told(under_way)
         self._told = {lease: rows for lease, rows in self._told.items() if lease in under_way}
         inside = sum(self._told.values())
         self._progress.update(done, len(self._table.dead), ready, len(self._slots), inside)

@@ -106,12 +106,9 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     check(records)
     rows = config.lease(gpus=False)
     grid = grid_of(records, config.records, rows, max(map(config.together, config.editors)))
-    groups, chains = _groups(config, manifests.benchmark(records)["name"], grid)
-    now = {
-        "config": configs.plain(config),
-        "benchmark": manifests.benchmark(records),
-        "protocol": PROTOCOL,
-    }
+    benchmark = manifests.benchmark(records)
+    groups, chains = _groups(config, benchmark["name"], grid)
+    now = {"config": configs.plain(config), "benchmark": benchmark, "protocol": PROTOCOL}
     counts = {"records": len(grid), "table_rows": rows_of(config, grid, chains)}
     manifest = _manifest(config, store, records, grid, now, counts)
     grid = replace(grid, origin=manifests.origin(manifest))

@@ -10,8 +10,6 @@ from jobs.commands.export import app as app
 if __name__ == "__main__":
     app()  # It comes back for what follows as a module.
 
-import hashlib
-from contextlib import suppress
 from pathlib import Path
 
 from cluster.store import Store
@@ -20,6 +18,7 @@ from jobs.cli import say
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import BATCHES, hive_path
+from jobs.tasks.chains import state_of
 from jobs.tasks.evaluation import group_of
 from jobs.tasks.loading import load_model
 from rome import options
@@ -65,21 +64,15 @@ def _state_of(store: Store, path: str, edits: int) -> tuple[str, bytes]:
     for part in results.list(f"{BATCHES}{path}/part-", ".parquet"):
         for batch in results.read_table(part, columns).to_pylist():
             if batch["edits"] == edits and batch["file"] is not None:
-                return batch["file"], _content(store, part, batch["file"], batch["sha256"])
+                if (data := state_of(store, batch)) is not None:
+                    return batch["file"], data
+                raise ValueError(
+                    f"{store.uri}/{batch['file']} is gone or damaged. Move results/{part} there "
+                    "away: the line that began the run computes both again"
+                )
     raise ValueError(
         f"{store.uri} has not made {edits} edits of {path} yet: run jobs.evaluate to its end, or "
         "give an --order and a --chain that it has"
-    )
-
-
-def _content(store: Store, part: str, file: str, sha256: str) -> bytes:
-    with suppress(FileNotFoundError):
-        data = store.read_bytes(file)
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
-    raise ValueError(
-        f"{store.uri}/{file} is gone or damaged. Move results/{part} there away: the line that "
-        "began the run computes both again"
     )
 
 

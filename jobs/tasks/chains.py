@@ -245,15 +245,20 @@ class Chains:
 
     def _read(self, row: Mapping[str, Any]) -> ChainState | None:
         """The state that a row names; None where it is gone, or is not what it was."""
-        try:
-            data = self._run.read_bytes(row["file"])
-        except FileNotFoundError:
-            return None
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            log.warning("%s/%s is damaged: computed again", self._run.uri, row["file"])
+        if (data := state_of(self._run, row)) is None:
+            log.warning("%s/%s is gone or damaged: computed again", self._run.uri, row["file"])
             return None
         where = f"{self._run.uri}/{row['file']}"
         return edit_files.loads_chain(data, self._model, self._fingerprint, where)[0]
+
+
+def state_of(run: Store, row: Mapping[str, Any]) -> bytes | None:
+    """The content of the state that a batch's row names; None if it is gone, or not what it was."""
+    with suppress(FileNotFoundError):
+        data = run.read_bytes(row["file"])
+        if hashlib.sha256(data).hexdigest() == row["sha256"]:
+            return data
+    return None
 
 
 def remove_what_is_done_with(run: Store, chain: Chain) -> None:

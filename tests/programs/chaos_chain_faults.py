@@ -20,6 +20,7 @@ from tests.programs.chaos_chains import (
     prepare_chains,
 )
 from tests.programs.chaos_faults import Scene, Verdict, wait_for
+from tests.support.in_words import in_words
 
 
 @dataclass
@@ -97,12 +98,9 @@ def states_lost(scene: ChainScene) -> int:
     return len(between)
 
 
-CHAIN_FAULTS: dict[str, ChainFault] = {
-    fault.__name__.replace("_", " "): fault
-    for fault in (
-        worker_killed_in_a_chain,
-        driver_killed_in_a_chain,
-        head_and_driver_killed_in_a_chain,
-        states_lost,
-    )
-}
+CHAIN_FAULTS: dict[str, ChainFault] = in_words(
+    worker_killed_in_a_chain,
+    driver_killed_in_a_chain,
+    head_and_driver_killed_in_a_chain,
+    states_lost,
+)

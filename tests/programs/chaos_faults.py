@@ -22,6 +22,7 @@ from cluster.store import Store
 from tests.programs.chaos_nodes import Nodes
 from tests.programs.chaos_task import GROUP, SHARDS, Spec, write_records
 from tests.support.commands import program
+from tests.support.in_words import in_words
 
 LIMIT = 300
 
@@ -402,32 +403,29 @@ def records_out_of_memory(scene: Scene) -> int:
     return 1
 
 
-FAULTS: dict[str, Fault] = {
-    fault.__name__.replace("_", " "): fault
-    for fault in (
-        worker_killed,
-        workers_killed_in_a_row,
-        worker_killed_after_its_commit,
-        worker_stopped,
-        node_removed,
-        node_removed_and_another_added,
-        node_drained,
-        driver_killed,
-        driver_stopped,
-        head_and_driver_killed,
-        two_drivers,
-        records_raise,
-        records_segfault,
-        records_hang,
-        records_out_of_memory,
-        dead_letters_retried,
-        weights_not_restored,
-        parts_damaged,
-        records_damaged,
-        records_out_of_sight,
-        records_lost,
-        lock_damaged,
-        disk_full,
-        disk_stays_full,
-    )
-}
+FAULTS: dict[str, Fault] = in_words(
+    worker_killed,
+    workers_killed_in_a_row,
+    worker_killed_after_its_commit,
+    worker_stopped,
+    node_removed,
+    node_removed_and_another_added,
+    node_drained,
+    driver_killed,
+    driver_stopped,
+    head_and_driver_killed,
+    two_drivers,
+    records_raise,
+    records_segfault,
+    records_hang,
+    records_out_of_memory,
+    dead_letters_retried,
+    weights_not_restored,
+    parts_damaged,
+    records_damaged,
+    records_out_of_sight,
+    records_lost,
+    lock_damaged,
+    disk_full,
+    disk_stays_full,
+)

@@ -22,6 +22,7 @@ from cluster.store import Store
 from cluster.worker import Report
 from jobs.runs import manifests
 from tests.support import simulation
+from tests.support.in_words import in_words
 
 Mistake = Callable[[], AbstractContextManager[object]]
 
@@ -150,21 +151,18 @@ def index_believed_without_a_look() -> AbstractContextManager[object]:
     return patch.multiple(index, known=known, save=save)
 
 
-MISTAKES: dict[str, Mistake] = {
-    mistake.__name__.replace("_", " "): mistake
-    for mistake in (
-        part_named_by_attempt,
-        reported_before_the_commit,
-        manifest_written_without_the_lock,
-        retry_that_takes_the_old_letter_for_the_new,
-        newest_lease_blamed,
-        nodes_deaths_blamed,
-        store_blamed_on_records,
-        files_that_are_missing_blamed_on_records,
-        death_without_a_look_at_the_store,
-        damage_believed_at_once,
-        attempts_without_end,
-        dead_letter_without_a_row,
-        index_believed_without_a_look,
-    )
-}
+MISTAKES: dict[str, Mistake] = in_words(
+    part_named_by_attempt,
+    reported_before_the_commit,
+    manifest_written_without_the_lock,
+    retry_that_takes_the_old_letter_for_the_new,
+    newest_lease_blamed,
+    nodes_deaths_blamed,
+    store_blamed_on_records,
+    files_that_are_missing_blamed_on_records,
+    death_without_a_look_at_the_store,
+    damage_believed_at_once,
+    attempts_without_end,
+    dead_letter_without_a_row,
+    index_believed_without_a_look,
+)
