@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,9 @@ from rome.scoring import generation, greedy, probabilities, probe_sets, text_met
 from rome.scoring.probabilities import Extras
 from rome.scoring.settings import GenerationSettings, PromptTemplate, ScoringSettings
 
+STAGES = ("edit", "probabilities", "greedy", "wild", "generation")
+"""A row has the seconds of each, 0 for one that was not asked for."""
+
 
 def evaluate(
     model: EditableModel,
@@ -29,6 +33,7 @@ def evaluate(
     reversed_prompts: Mapping[str, str] = MappingProxyType({}),
     prompt_template: PromptTemplate = "raw",
     tell: Callable[[float], object] = lambda share: None,
+    entropies: text_metrics.Entropies = text_metrics.entropies,
 ) -> tuple[list[dict[str, Any]], list[Edit]]:
     """One row per record, the columns of RESULT_SCHEMA that the science fills in; and the edits.
 
@@ -36,36 +41,40 @@ def evaluate(
     tokens of a forward pass at most. `reversed_prompts`: see `Extras`; these and the neighbors
     after the edited sentence are no turns of a chat, and left out if what is asked is one. Seconds
     are the record's equal share of the batch's. `tell` hears how much is done, 1 for all, after
-    each stage. Raises RecordError where one of the records cannot be done.
+    each stage. `entropies` counts GE. Raises RecordError where one of the records cannot be done.
+
+    The host works while the device does: a thread prepares what is asked during the edit, and GE
+    may be counted elsewhere (`rome.scoring.apart`) while probabilities and answers are computed.
     """
-    stages = 2 + settings.strict + bool(settings.wild) + bool(settings.generation)
-    ended = 0
-
-    def stage() -> float:
-        nonlocal ended
-        ended += 1
-        tell(ended / stages)
-        return time.perf_counter()
-
+    stages = _Stages(2 + settings.strict + bool(settings.wild) + bool(settings.generation), tell)
     edited_as, asked_as = _templates(model, prompt_template)
-    began = time.perf_counter()
-    edits = edit_records(model, editor, [edited_as(record) for record in records])
-    for edit in edits:
-        norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
-        refuse_if_not_finite(norm)
-    edited = stage()
     asked = [asked_as(record) for record in records]
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
     if prompt_template in ("chat", "chat_probes"):
         extras = probabilities.BENCHMARK_ONLY
-    scores = probabilities.score_records(model, asked, edits, token_budget, extras)
+    starts = generation.record_starts(model, records) if settings.generation else []
+    with ThreadPoolExecutor(1) as beside:
+        prepared = beside.submit(probabilities.prepare, model, asked, extras)
+        edits = edit_records(model, editor, [edited_as(record) for record in records])
+        for edit in edits:
+            norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
+            refuse_if_not_finite(norm)
+        stages.end("edit")
+        texts: list[list[str]] = [[] for _ in records]
+        counted = text_metrics.entropies([])
+        if settings.generation:
+            texts = _texts(model, starts, edits, settings.generation, token_budget)
+            counted = entropies([some for some in texts if some])
+            stages.end("generation")
+        scores = probabilities.score_prepared(
+            model, records, prepared.result(), edits, token_budget
+        )
     probes = probe_sets.score_probes(model, asked, edits, settings.strict, token_budget)
-    scored = stage()
+    stages.end("probabilities")
     said: list[dict[str, Any]] = [{} for _ in records]
     if settings.strict:
         said = greedy.say_records(model, asked, edits, token_budget)
-        stage()
-    spoken = time.perf_counter()
+        stages.end("greedy")
     told: list[dict[str, Any]] = [{} for _ in records]
     if wild := settings.wild:
         formed = [asked_as(in_form(record, wild.form)) for record in records]
@@ -74,24 +83,11 @@ def evaluate(
         probes = [
             [a | b for a, b in zip(*pair, strict=True)] for pair in zip(probes, more, strict=True)
         ]
-        stage()
-    answered = time.perf_counter()
-    texts: list[list[str]] = [[] for _ in records]
-    if settings.generation:
-        texts = _texts(model, records, edits, settings.generation, token_budget)
-        stage()
-    generated = time.perf_counter()
+        stages.end("wild")
+    entropy = iter(counted.result())
     rows = [
         {
-            "case_id": record.case_id,
-            "relation_id": record.relation_id,
-            "subject": record.subject,
-            "prompt": record.prompt,
-            "target_new": record.target_new,
-            "target_true": record.target_true,
-            "neighborhood_targets": record.neighborhood_targets or None,
-            "further": [asdict(one) for one in record.further] or None,
-            "original_id": record.original_id,
+            **_facts(record),
             "prompt_template": prompt_template,
             "separator": asked[r].separator,
             **scores[r],
@@ -103,18 +99,44 @@ def evaluate(
             ]
             or None,
             "texts": texts[r],
-            "GE": text_metrics.ngram_entropy(texts[r]) if texts[r] else None,
+            "GE": next(entropy) if texts[r] else None,
             "RS": _reference_score(references, record, texts[r]),
             **{f"edit_{name}": value for name, value in edits[r].health.items()},
-            "seconds_edit": (edited - began) / len(records),
-            "seconds_probabilities": (scored - edited) / len(records),
-            "seconds_greedy": (spoken - scored) / len(records),
-            "seconds_wild": (answered - spoken) / len(records),
-            "seconds_generation": (generated - answered) / len(records),
+            **{f"seconds_{name}": s / len(records) for name, s in stages.seconds.items()},
         }
         for r, record in enumerate(records)
     ]
     return rows, edits
+
+
+class _Stages:
+    """The seconds of a batch's stages, each of which is told when it ends."""
+
+    def __init__(self, count: int, tell: Callable[[float], object]) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._count, self._tell = count, tell
+        self._ended, self._last = 0, time.perf_counter()
+
+    def end(self, name: str) -> None:
+        self._ended += 1
+        self._tell(self._ended / self._count)
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    """What a row says of its record, whatever was asked."""
+    return {
+        "case_id": record.case_id,
+        "relation_id": record.relation_id,
+        "subject": record.subject,
+        "prompt": record.prompt,
+        "target_new": record.target_new,
+        "target_true": record.target_true,
+        "neighborhood_targets": record.neighborhood_targets or None,
+        "further": [asdict(one) for one in record.further] or None,
+        "original_id": record.original_id,
+    }
 
 
 Reworded = Callable[[Record], Record]
@@ -141,15 +163,14 @@ def _as_it_is(record: Record) -> Record:
 
 def _texts(
     model: EditableModel,
-    records: Sequence[Record],
+    starts: Sequence[generation.Start],
     edits: Sequence[Edit],
     settings: GenerationSettings,
     token_budget: int,
 ) -> list[list[str]]:
-    rows = generation.record_starts(model, records)
-    ids = generation.generate(model, rows, edits, settings, token_budget)
-    texts: list[list[str]] = [[] for _ in records]
-    for row, text in zip(rows, generation.decode(model, ids), strict=True):
+    ids = generation.generate(model, starts, edits, settings, token_budget)
+    texts: list[list[str]] = [[] for _ in edits]
+    for row, text in zip(starts, generation.decode(model, ids), strict=True):
         texts[row.edit].append(text_metrics.clean(text))
     return texts
 

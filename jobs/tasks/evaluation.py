@@ -42,6 +42,7 @@ from rome.edits.sequences import turns
 from rome.edits.several import RecordEditor
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
+from rome.scoring.apart import entropies_beside
 from rome.scoring.generation import sample_context_texts
 from rome.scoring.text_metrics import ReferenceTexts, words
 from rome.solver import Solver
@@ -150,6 +151,7 @@ class EvaluationTask:
         self.references = _references(evaluation.records)
         if config.scoring.generation:
             words("")  # GE's data is missed now, and not after the first lease.
+        self.entropies = entropies_beside(self.model.device)
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}
@@ -260,6 +262,7 @@ class EvaluationTask:
             evaluation.reversed_prompts,
             evaluation.config.prompt_template,
             lambda share: tell(self._behind + share * len(some)),
+            self.entropies,
         )
         self._behind += len(rows)
         kept = edits if evaluation.config.keep_edits else [None] * len(rows)

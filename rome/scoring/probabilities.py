@@ -72,9 +72,12 @@ def score(
     model: EditableModel, queries: Sequence[Query], edits: Sequence[Edit], token_budget: int
 ) -> list[Score]:
     """One score per query (reference code: `test_batch_prediction`); see `score_texts`."""
+    return score_texts(model, _texts(model, queries), edits, token_budget)
+
+
+def _texts(model: EditableModel, queries: Sequence[Query]) -> list[tuple[int, Text]]:
     texts = model.encode_targets([(one.prompt, one.target, one.separator) for one in queries])
-    asked = [(query.edit, text) for query, text in zip(queries, texts, strict=True)]
-    return score_texts(model, asked, edits, token_budget)
+    return [(query.edit, text) for query, text in zip(queries, texts, strict=True)]
 
 
 def score_texts(
@@ -154,6 +157,30 @@ def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) ->
     ]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is asked about records, in tokens: it needs no edit, and can be made before one."""
+
+    asked: list[dict[str, _Asked]]
+    """Column -> prompts and targets, of each record."""
+    omitted: list[str | None]
+    texts: list[tuple[int, Text]]
+    """Index of a record and a text, in the order of `asked`."""
+
+
+def prepare(model: EditableModel, records: Sequence[Record], extras: Extras) -> Prepared:
+    """The texts of `score_records`. Raises RecordError for one that has no place in the model."""
+    asked = [_asked(record, extras) for record in records]
+    omitted = [_omit_too_long(model, columns) for columns in asked]
+    queries = [
+        Query(r, prompt, target, records[r].separator)
+        for r, columns in enumerate(asked)
+        for pairs in columns.values()
+        for prompt, target in pairs
+    ]
+    return Prepared(asked, omitted, _texts(model, queries))
+
+
 def score_records(
     model: EditableModel,
     records: Sequence[Record],
@@ -164,18 +191,21 @@ def score_records(
     """The columns `*_nll_new`, `*_nll_true` and `*_accuracy` of each record under its edit (same
     index): one number per prompt; no column where the record has no such target, or where a prompt
     beside those of the benchmark is too long, which `omitted` then says."""
-    asked = [_asked(record, extras) for record in records]
-    omitted = [_omit_too_long(model, columns) for columns in asked]
-    queries = [
-        Query(r, prompt, target, records[r].separator)
-        for r, columns in enumerate(asked)
-        for pairs in columns.values()
-        for prompt, target in pairs
-    ]
-    scores = iter(score(model, queries, edits, token_budget))
-    again = released.accuracies(model, records, asked, edits, token_budget)
+    return score_prepared(model, records, prepare(model, records, extras), edits, token_budget)
+
+
+def score_prepared(
+    model: EditableModel,
+    records: Sequence[Record],
+    prepared: Prepared,
+    edits: Sequence[Edit],
+    token_budget: int,
+) -> list[dict[str, Any]]:
+    """`score_records` of what `prepare` made of these records."""
+    scores = iter(score_texts(model, prepared.texts, edits, token_budget))
+    again = released.accuracies(model, records, prepared.asked, edits, token_budget)
     rows = []
-    for r, (columns, why) in enumerate(zip(asked, omitted, strict=True)):
+    for r, (columns, why) in enumerate(zip(prepared.asked, prepared.omitted, strict=True)):
         row: dict[str, Any] = {"omitted": why} if why else {}
         for column, pairs in columns.items():
             found = list(islice(scores, len(pairs)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from statistics import fmean
@@ -43,6 +44,17 @@ def ngram_entropy(texts: Sequence[str]) -> float:
     there. Raises `LookupError` where the tokenizer's data is absent and `ValueError` without texts.
     """
     return fmean(fmean(_weighted_entropies(words(text))) for text in texts)
+
+
+Entropies = Callable[[Sequence[Sequence[str]]], Future[list[float]]]
+"""GE of the texts of each record, now or later."""
+
+
+def entropies(texts: Sequence[Sequence[str]]) -> Future[list[float]]:
+    """`ngram_entropy` of the texts of each record, now."""
+    counted: Future[list[float]] = Future()
+    counted.set_result([ngram_entropy(some) for some in texts])
+    return counted
 
 
 def words(text: str) -> list[str]:

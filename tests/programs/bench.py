@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rome.editors.rome import RomeSettings
 from rome.editors.values import ValueSettings
 from rome.models import EditableModel, prompts
 from rome.paths import CONFIGS
-from rome.scoring import generation, text_metrics
+from rome.scoring import apart, generation, text_metrics
 from rome.scoring.settings import GenerationSettings
 from rome.second_moment import SecondMoment
 from rome.solver import Solver
@@ -151,6 +152,12 @@ def without_nltk() -> bool:
         setattr(text_metrics, "ngram_entropy", lambda texts: None)  # noqa: B010
         return True
     return False
+
+
+@cache
+def entropies(device: torch.device) -> text_metrics.Entropies:
+    """What counts GE beside a device, as in a worker."""
+    return text_metrics.entropies if without_nltk() else apart.entropies_beside(device)
 
 
 def load(

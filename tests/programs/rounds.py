@@ -203,6 +203,7 @@ def _write_rows(made: Bench, editor: Editor, token_budget: int, seconds: dict[st
         None,
         token_budget,
         bench.reversed_prompts(),
+        entropies=bench.entropies(made.engine.device),
     )
     for stage in ("edit", "probabilities", "greedy", "generation"):
         seconds[stage] = sum(row[f"seconds_{stage}"] for row in rows)
