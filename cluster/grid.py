@@ -55,6 +55,8 @@ class Grid:
     """Rows of a shard follow from each other: none is leased before the one before it is done."""
     after: Key | None = None
     """No row is leased before this one, of another group, is done."""
+    needs: Mapping[int, tuple[Key, ...]] = field(default_factory=dict)
+    """The rows of other groups that must be done before the row of a case id is leased."""
     own: Mapping[str, Grid] = field(default_factory=dict)
     """The groups that have a grid of their own instead of this one."""
     origin: Origin = field(default_factory=Origin)
@@ -82,12 +84,21 @@ class Grid:
         """The records of a lease, which its time goes by."""
         return lease.rows * self.of(lease.group).records
 
-    def before(self, lease: Lease) -> Key | None:
-        """The row that must be done before a lease."""
+    def before(self, lease: Lease) -> Iterator[Key]:
+        """The rows that must be done before a lease."""
         grid = self.of(lease.group)
         if grid.in_order and lease.start:
-            return lease.group, grid.shards[lease.shard][lease.start - 1]
-        return grid.after
+            yield lease.group, grid.shards[lease.shard][lease.start - 1]
+        if grid.after:
+            yield grid.after
+        for case_id in self.ids(lease) if grid.needs else ():
+            yield from grid.needs.get(case_id, ())
+
+    def awaited(self) -> set[str]:
+        """The groups of which later rows need earlier ones, or others theirs: they go first."""
+        needed = (keys for grid in self.own.values() for keys in grid.needs.values())
+        ordered = {group for group, grid in self.own.items() if grid.in_order}
+        return ordered | {group for keys in needed for group, _ in keys}
 
     def leases(self, group: str) -> Iterator[Lease]:
         grid = self.of(group)

@@ -129,7 +129,7 @@ class LeaseTable:
         self._mark(found.errors)
         self._copied: set[Lease] = set()
         self._node_losses: Counter[Lease] = Counter()
-        self._groups = groups
+        self._groups, self._awaited = groups, grid.awaited()
         self.queue(grid.rows)
 
     def queue(self, rows: int) -> None:
@@ -141,12 +141,12 @@ class LeaseTable:
         grid = replace(self._grid, rows=rows, own=own)
         self._pending.clear()
         self._held.clear()
-        # Chains first, which others wait for; then the groups in turn, so that what is done at any
-        # time is of the same records for all.
-        chained = [group for group in self._groups if grid.of(group).in_order]
-        others = [group for group in self._groups if group not in chained]
+        # First what others wait for; then the groups in turn, so that what is done at any time is
+        # of the same records for all.
+        awaited = [group for group in self._groups if group in self._awaited]
+        others = [group for group in self._groups if group not in self._awaited]
         turns = chain(
-            chain.from_iterable(map(grid.leases, chained)),
+            chain.from_iterable(map(grid.leases, awaited)),
             filter(None, chain.from_iterable(zip_longest(*map(grid.leases, others)))),
         )
         self._put(lease for whole in turns for lease in self._rest(whole))
@@ -244,14 +244,14 @@ class LeaseTable:
         self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
         return self._is_done(lease)
 
-    def _put(self, leases: Iterable[Lease]) -> None:
-        """Queue leases; one whose row before is not done is held back until that is."""
+    def _put(self, leases: Iterable[Lease], first: bool = False) -> None:
+        """Queue leases; one that must wait for rows is held back until the last of them is done."""
         for lease in leases:
-            before = self._grid.before(lease)
-            if before is None or before in self.done:
-                self._pending.append(lease)
+            left = next((key for key in self._grid.before(lease) if key not in self.done), None)
+            if left is not None:
+                self._held.setdefault(left, []).append(lease)
             else:
-                self._held.setdefault(before, []).append(lease)
+                (self._pending.appendleft if first else self._pending.append)(lease)
 
     def _is_done(self, lease: Lease) -> bool:
         return self.done.issuperset(self._keys(lease))
@@ -286,10 +286,9 @@ class LeaseTable:
             else:
                 self.dead[key] = error
             self.done.add(key)
-            for lease in self._held.pop(key, ()):
-                # What others wait for goes first.
-                first = self._grid.of(lease.group).in_order
-                (self._pending.appendleft if first else self._pending.append)(lease)
+            held = self._held.pop(key, [])
+            self._put((x for x in reversed(held) if x.group in self._awaited), first=True)
+            self._put(x for x in held if x.group not in self._awaited)
 
     def _rest(self, whole: Lease) -> list[Lease]:
         """The rest of a lease: all of it, or those of the grid in it, or single records of them."""

@@ -164,10 +164,10 @@ def test_many_facts_take_a_key_each_whatever_the_contexts() -> None:
     editor = memit(model, MEMIT)
     K, times = 40, 60
     chosen = [contexts.contexts(model, request, editor.templates) for request in REQUESTS]
-    found = editor._values(REQUESTS, chosen) * times
+    values_ED = torch.stack([value.target for value in editor.values(REQUESTS)] * times)
     requests, chosen = REQUESTS * times, chosen * times
     with Sizes() as sizes:
-        (deltas,) = editor._insert(requests, chosen, found, together=True)
+        (deltas,) = editor._insert(requests, chosen, values_ED, together=True)
     assert len(deltas) == len(MEMIT.layers)
     bound = 8 * K * max(K, len(requests))
     assert bound < 4 * len(editor.templates) * len(requests) * K

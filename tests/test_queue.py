@@ -412,6 +412,60 @@ def test_a_chain_goes_on_from_its_last_part_and_past_a_dead_letter(store: Store)
     assert spans(drain(table)) == [(0, 1, 2, 1)]
 
 
+VALUES = "values/editor=memit"
+SPREAD = Grid(
+    (),
+    rows=2,
+    own={
+        BATCHES: Grid(
+            (tuple(range(2)),),
+            rows=1,
+            in_order=True,
+            needs={0: tuple((VALUES, i) for i in (5, 6, 7)), 1: ((VALUES, 8), (VALUES, 9))},
+        ),
+        VALUES: Grid(((5, 6, 7), (8, 9)), rows=2, needs={8: ((BATCHES, 0),), 9: ((BATCHES, 0),)}),
+    },
+)
+
+
+def test_a_row_waits_for_all_that_it_needs_whatever_their_order(store: Store) -> None:
+    table = LeaseTable(store, [BATCHES, VALUES], SPREAD)
+    a, b = take(table, "a"), take(table, "b")
+    assert [SPREAD.ids(a), SPREAD.ids(b)] == [(5, 6), (7,)]
+    assert table.lease("c") is None
+    table.complete("b", b, {})
+    assert table.lease("b") is None
+    table.complete("a", a, {})
+    batch = take(table, "a")
+    assert (batch.group, batch.start) == (BATCHES, 0)
+    assert table.lease("b") is None
+    table.complete("a", batch, {})
+    values = take(table, "a")
+    assert (values.group, SPREAD.ids(values)) == (VALUES, (8, 9))
+    # One that fails is done row by row, and the batch waits for each.
+    table.fail("a", values)
+    first, second = take(table, "a"), take(table, "b")
+    table.complete("b", second, {9: "no such key"})
+    assert table.lease("c") is None
+    table.complete("a", first, {})
+    assert (take(table, "a").group, table.pending) == (BATCHES, 0)
+
+
+def test_what_is_needed_is_done_again_before_it_is_used(store: Store) -> None:
+    error = pa.array(["no such key"], pa.string())
+    write = Lease(VALUES, 0, 2, 3).part
+    store.write_table(write, pa.table({"case_id": [7], "error": error}))
+    rows = Lease(VALUES, 0, 0, 2).part
+    store.write_table(rows, pa.table({"case_id": [5, 6]}))
+    assert take(LeaseTable(store, [BATCHES, VALUES], SPREAD), "a").group == BATCHES
+    again = LeaseTable(store, [BATCHES, VALUES], SPREAD, retry_dead=True)
+    lease = take(again, "a")
+    assert (lease.group, SPREAD.ids(lease)) == (VALUES, (7,))
+    assert again.lease("b") is None
+    again.complete("a", lease, {})
+    assert take(again, "a").group == BATCHES
+
+
 def test_a_lease_of_a_chain_that_failed_goes_row_by_row(store: Store) -> None:
     grid = Grid((), 1, own={BATCHES: Grid((tuple(range(4)),), rows=2, in_order=True)})
     table = LeaseTable(store, [BATCHES], grid)

@@ -1,7 +1,9 @@
 """The chains of a run: their records in order, and the leases of their batches and checkpoints.
 
-A chain is two kinds of groups. Below `batches/` each row is a batch of edits, made on what the
-batch before it left; beside the parts of other rows lie the scores of each checkpoint.
+A chain is of two or three kinds of groups. Below `batches/` each row is a batch of edits, made on
+what the batch before it left; beside the parts of other rows lie the scores of each checkpoint. If
+its batches are large, then below `values/` each row is the value of an edit (z of MEMIT and
+AlphaEdit), found on what the batch before left: all workers share these, and one makes the batch.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 
-from cluster.grid import Grid
+from cluster.grid import Grid, Key
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import BATCHES, at, hive_path
+from jobs.runs.parts import BATCHES, VALUES, at, hive_path
+from rome.editors import EDITORS
 from rome.edits.grouping import Grouping
 from rome.options import ConfigError
 
 _EDITS_OF_A_LEASE = 100
 """A worker that is lost costs so many edits of a chain, or one batch, if that has more."""
+SHARED_FROM = 500
+"""Edits of a batch from which on its values are leased by themselves. A worker that finds some must
+have the state before, which has the size of the edited weights: for less it would be slower."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,18 @@ class Chain:
     grouping: Grouping
     path: str
     """Its hive path."""
+    shares_values: bool = False
+    """The values of its edits are leased by themselves."""
 
     @property
     def batches(self) -> str:
         """The group of its batches."""
         return f"{BATCHES}{self.path}"
+
+    @property
+    def values(self) -> str:
+        """The group of the values of its edits; a batch's are a shard of it."""
+        return f"{VALUES}{self.path}"
 
     def scores(self, edits: int) -> str:
         """The group of its scores at a checkpoint."""
@@ -66,6 +79,7 @@ def chains_of(config: RunConfig, editor: str, path: str, case_ids: list[int]) ->
             f"{grouping.size}"
         )
     chains = []
+    shares = EDITORS[config.kind(editor)].values and grouping.edits_per_model >= SHARED_FROM
     for order in range(grouping.orders):
         ids = list(case_ids)
         if order:
@@ -73,7 +87,7 @@ def chains_of(config: RunConfig, editor: str, path: str, case_ids: list[int]) ->
         for number, start in enumerate(range(0, len(ids), grouping.size)):
             some = tuple(ids[start : start + grouping.size])
             where = f"{path}/{hive_path(order=str(order), chain=str(number))}"
-            chains.append(Chain(editor, order, some, grouping, where))
+            chains.append(Chain(editor, order, some, grouping, where, shares))
     return chains
 
 
@@ -99,7 +113,10 @@ def with_chains(grid: Grid, chains: list[Chain]) -> Grid:
             _batches_of_a_lease(chain.grouping),
             records=chain.grouping.edits_per_model,
             in_order=True,
+            needs=_values_of_batches(chain) if chain.shares_values else {},
         )
+        if chain.shares_values:
+            own[chain.values] = _values_grid(chain, grid.rows)
         for edits in chain.grouping.checkpoints:
             edited = frozenset(chain.case_ids[:edits])
             shards = (tuple(i for i in shard if i in edited) for shard in grid.shards)
@@ -109,12 +126,33 @@ def with_chains(grid: Grid, chains: list[Chain]) -> Grid:
 
 
 def groups_of(chains: list[Chain]) -> Iterator[str]:
-    """The groups of chains: first all batches, which others wait for."""
+    """The groups of chains: first all batches and their values, which others wait for."""
     for chain in chains:
         yield chain.batches
+        if chain.shares_values:
+            yield chain.values
     for chain in chains:
         for edits in chain.grouping.checkpoints:
             yield chain.scores(edits)
+
+
+def _values_of_batches(chain: Chain) -> dict[int, tuple[Key, ...]]:
+    """What each batch needs: the values of all its edits."""
+    return {
+        number: tuple((chain.values, case_id) for case_id in chain.batch(number))
+        for number in range(chain.grouping.sequence)
+    }
+
+
+def _values_grid(chain: Chain, rows: int) -> Grid:
+    """Values, a shard a batch, each of which needs the batch before."""
+    shards = tuple(chain.batch(number) for number in range(chain.grouping.sequence))
+    needs: dict[int, tuple[Key, ...]] = {
+        case_id: ((chain.batches, number),)
+        for number, shard in enumerate(shards[1:])
+        for case_id in shard
+    }
+    return Grid(shards, rows, needs=needs)
 
 
 def _batches_of_a_lease(grouping: Grouping) -> int:

@@ -23,6 +23,8 @@ from rome.data.results import FORMER_SCHEMA, RESULT_SCHEMA
 PARTS = "results/"
 BATCHES = "batches/"
 """Below PARTS, the parts whose rows are batches of chains (see jobs.runs.chains)."""
+VALUES = "values/"
+"""Below PARTS, the parts whose rows are the values of a chain's edits."""
 EVALUATED = ("benchmark", "model", "editor")
 """The keys in the hive path of a result row."""
 JUDGES = "judges/"
@@ -64,8 +66,8 @@ def collect(
     Raises ValueError if there is no part, or naming one that is not whole, of something else, or
     that has a column of another type.
     """
-    batches = f"{PARTS}{BATCHES}"
-    parts = [name for name in store.list(PARTS, ".parquet") if not name.startswith(batches)]
+    others = f"{PARTS}{BATCHES}", f"{PARTS}{VALUES}"
+    parts = [name for name in store.list(PARTS, ".parquet") if not name.startswith(others)]
     if not parts:
         raise ValueError(
             f"{store.uri} has no results yet: no part in {PARTS}. "
@@ -138,10 +140,10 @@ def _columns(folder: str, keys: Sequence[str]) -> dict[str, str]:
 
 def row_of(group: str) -> str:
     """The row of tables that a group's parts are of. A checkpoint of a chain is one by itself,
-    `memit@1000` after a thousand edits; a chain's batches are in no table."""
+    `memit@1000` after a thousand edits; a chain's batches and values are in no table."""
     values = hive_values(group)
-    if group.startswith(BATCHES):
-        return f"{values['editor']}, batches"
+    if group.startswith((BATCHES, VALUES)):
+        return f"{values['editor']}, {group.partition('/')[0]}"
     return at(values["editor"], values["edits"]) if "edits" in values else values["editor"]
 
 

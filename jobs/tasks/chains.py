@@ -22,6 +22,7 @@ from cluster.store import Store, StoreError
 from cluster.told import tell
 from cluster.words import printable, redacted
 from jobs.runs.chains import Chain
+from jobs.tasks import values
 from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
 from rome.edits import files as edit_files
@@ -118,6 +119,27 @@ class Chains:
             rows[-1] |= self._drift(chain, state)
         return self._kept(chain, state, rows)
 
+    def values(self, lease: Lease, chain: Chain) -> list[dict[str, Any]]:
+        """The rows of a lease of values, each with the columns of VALUE_SCHEMA that are its own."""
+        batch = self._records(chain.batch(lease.shard)[lease.start : lease.stop])
+        try:
+            state = self._state(chain, lease.shard)
+        except RecordError as error:  # Of a batch before.
+            return values.failed(batch, error)
+        return self._values(chain, state, batch)
+
+    def _values(
+        self, chain: Chain, state: ChainState, some: Sequence[Record]
+    ) -> list[dict[str, Any]]:
+        try:
+            _refuse_what_chains_cannot(some)
+            requests = [record.request for record in some]
+            return values.found(some, self._editors[chain.editor].values(state, requests))
+        except RecordError as error:
+            if len(some) == 1:
+                return values.failed(some, error)
+        return [row for record in some for row in self._values(chain, state, [record])]
+
     @contextmanager
     def at(self, chain: Chain, edits: int) -> Iterator[None]:
         """Run the block on the weights of a checkpoint.
@@ -137,7 +159,8 @@ class Chains:
         try:
             _refuse_what_chains_cannot(batch)
             requests = [record.request for record in batch]
-            _, state = self._editors[chain.editor].go_on(state, requests)
+            known = values.read(self._run, chain, number) if chain.shares_values else None
+            _, state = self._editors[chain.editor].go_on(state, requests, known)
             refuse_if_not_finite(total_norm(state.total))
         except RecordError as error:
             raise RecordError(

@@ -24,11 +24,12 @@ from jobs.runs import manifests
 from jobs.runs.chains import Chain
 from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.manifests import at_hand
-from jobs.runs.parts import BATCHES, hive_path, hive_values
+from jobs.runs.parts import BATCHES, VALUES, hive_path, hive_values
 from jobs.tasks import stored_edits
 from jobs.tasks.chains import BATCH_SCHEMA, Chains
 from jobs.tasks.loading import load_model, token_budget
 from jobs.tasks.stored_edits import StoredEdits
+from jobs.tasks.values import VALUE_SCHEMA
 from rome import second_moment
 from rome.analysis.summary import record_metrics
 from rome.data import records
@@ -85,8 +86,8 @@ class Evaluation:
         """Rows of a lease with what they have in common."""
         common = {"run": self.config.name, "attempts": lease.attempt, "worker": worker or None}
         chain = self.chains.get(lease.group)
-        if chain and lease.group.startswith(BATCHES):
-            return pa.Table.from_pylist([{**common, **row} for row in rows], schema=BATCH_SCHEMA)
+        if chain and (schema := _OF_CHAINS.get(lease.group.partition("/")[0])):
+            return pa.Table.from_pylist([{**common, **row} for row in rows], schema=schema)
         if chain is None:
             return _with_metrics([{**common, "status": OK, **row} for row in rows])
         edits = int(hive_values(lease.group)["edits"])
@@ -100,6 +101,8 @@ def _with_metrics(rows: list[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
+
+_OF_CHAINS = {BATCHES.rstrip("/"): BATCH_SCHEMA, VALUES.rstrip("/"): VALUE_SCHEMA}
 
 _Done = tuple[dict[str, Any], Edit | None]
 
@@ -183,8 +186,10 @@ class EvaluationTask:
         return evaluation.table(lease, [row for row, _ in done], worker)
 
     def _of_chain(self, lease: Lease, chain: Chain) -> list[dict[str, Any]]:
-        if lease.group.startswith(BATCHES):
+        if lease.group == chain.batches:
             return self.chains.edit(lease, chain)
+        if lease.group == chain.values:
+            return self.chains.values(lease, chain)
         some = self._records(self.evaluation.grid.ids(lease))
         try:
             with self.chains.at(chain, int(hive_values(lease.group)["edits"])):

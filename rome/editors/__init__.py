@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ from rome.editors.lora import Lora, LoraSettings
 from rome.editors.memit import Memit, MemitSettings, MemitWithHistory
 from rome.editors.rome import Rome, RomeSettings
 from rome.editors.ultraedit import UltraEdit, UltraEditSettings
+from rome.editors.values import Value
 from rome.edits.deltas import Edit
 from rome.models import EditableModel
 from rome.settings import configurable
@@ -71,6 +72,19 @@ class ChainEditor(Protocol):
         ...
 
 
+@runtime_checkable
+class ValueEditor(Protocol):
+    """An editor whose edit of many requests begins with a value for each, which is found alone."""
+
+    def values(self, requests: Sequence[Request]) -> list[Value]:
+        """The value of each request, in order."""
+        ...
+
+    def with_values(self, target_ED: torch.Tensor, skipped: int) -> Self:
+        """The same editor for one batch whose values are known, of which NAS skips some."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
     """The resources that editors share, made once per run."""
@@ -107,6 +121,8 @@ class Kind:
     """The layers whose C = E[k k^T] it needs under these settings."""
     trained: Callable[[Any], str | None] = lambda settings: None
     """The name of the trained weights that it needs under these settings."""
+    values: bool = False
+    """It is a ValueEditor."""
 
 
 def _rome(resources: Resources, settings: RomeSettings) -> Rome:
@@ -159,8 +175,8 @@ EDITORS: dict[str, Kind] = {
     "mend": _hypernetwork("mend"),
     "kn": Kind(KnowledgeNeuronsSettings, _kn),
     "lora": Kind(LoraSettings, _lora),
-    "memit": Kind(MemitSettings, _memit, lambda s: list(s.layers)),
-    "alphaedit": Kind(AlphaEditSettings, _alphaedit, lambda s: list(s.layers)),
+    "memit": Kind(MemitSettings, _memit, lambda s: list(s.layers), values=True),
+    "alphaedit": Kind(AlphaEditSettings, _alphaedit, lambda s: list(s.layers), values=True),
     "rome": Kind(RomeSettings, _rome, lambda s: [s.layer] if s.second_moment else []),
     "ultraedit": Kind(UltraEditSettings, _ultraedit),
 }

@@ -7,11 +7,12 @@ size.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -80,6 +81,18 @@ class Spreading(ABC):
         sampled = templates[1:]
         self.templates = ["{}", *sampled[max(0, len(sampled) - settings.sampled_contexts) :]]
         self.token_budget = token_budget
+        self._known: tuple[Tensor, int] | None = None
+
+    def values(self, requests: Sequence[Request]) -> list[Value]:
+        """z of each request, found alone: several workers may share those of a batch."""
+        return self._values(requests, self._contexts(requests))
+
+    def with_values(self, target_ED: Tensor, skipped: int) -> Self:
+        """The same editor for one batch whose values `z` are known, of which NAS skips some."""
+        other = copy.copy(self)
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        other._known = target_ED.to(self.model.device, wide), skipped
+        return other
 
     @abstractmethod
     def _adjusted(self, layer: int, keys_GNK: Tensor, past: History | None) -> Tensor:
@@ -94,9 +107,9 @@ class Spreading(ABC):
         """One edit per request, of rank one in each layer, all computed from the unedited model."""
         if not requests:
             return []
-        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
+        chosen = self._contexts(requests)
         found = self._values(requests, chosen)
-        groups = self._insert(requests, chosen, found, together=False)
+        groups = self._insert(requests, chosen, _targets(found), together=False)
         return [
             self._edit(request, deltas if not value.skipped else {}, value.health)
             for request, value, deltas in zip(requests, found, groups, strict=True)
@@ -112,11 +125,17 @@ class Spreading(ABC):
     def _edit_together(
         self, requests: Sequence[Request], past: Mapping[int, History] | None = None
     ) -> tuple[Edit, list[Contexts]]:
-        chosen = [contexts.contexts(self.model, r, self.templates) for r in requests]
-        found = self._values(requests, chosen)
-        (deltas,) = self._insert(requests, chosen, found, together=True, past=past)
-        skipped = sum(value.skipped for value in found)
+        chosen = self._contexts(requests)
+        if self._known is not None:
+            target_ED, skipped = self._known
+        else:
+            found = self._values(requests, chosen)
+            target_ED, skipped = _targets(found), sum(value.skipped for value in found)
+        (deltas,) = self._insert(requests, chosen, target_ED, together=True, past=past)
         return self._edit(requests[-1], deltas, {"skipped": skipped}), chosen
+
+    def _contexts(self, requests: Sequence[Request]) -> list[Contexts]:
+        return [contexts.contexts(self.model, r, self.templates) for r in requests]
 
     def _edit(
         self, request: Request, deltas: Mapping[str, Delta], health: Mapping[str, float]
@@ -151,18 +170,17 @@ class Spreading(ABC):
         self,
         requests: Sequence[Request],
         chosen: Sequence[Contexts],
-        found: Sequence[Value],
+        target_ED: Tensor,
         together: bool,
         past: Mapping[int, History] | None = None,
     ) -> list[dict[str, Delta]]:
-        """Write the values into one model, or each into its own (Meng et al. 2023, Algorithm 1).
+        """Write the values Z into one model, or each into its own (Meng et al. 2023, Algorithm 1).
 
         Layer by layer, with the keys K and the residuals R of the model that has the deltas of the
         layers before: R = (Z - the state now after the last layer) / layers left.
         """
         settings, model = self.settings, self.model
         wide = torch.promote_types(model.dtype, torch.float32)
-        target_ED = torch.stack([value.initial_D + value.delta_D for value in found])
         size = len(requests) if together else 1
         groups: list[dict[str, Delta]] = [{} for _ in requests[::size]]
         for i, layer in enumerate(settings.layers):
@@ -260,6 +278,10 @@ class Remembering(Spreading):
             keys_NK, _ = self._observe(layer, chosen, [edit] * len(chosen), together=True)
             after |= before.followed_by(keys_NK, self._most_keys(layer)).named(layer)
         return edit, after
+
+
+def _targets(found: Sequence[Value]) -> Tensor:
+    return torch.stack([value.target for value in found])
 
 
 def _until_subject(request: Contexts) -> list[list[int]]:

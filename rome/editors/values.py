@@ -83,6 +83,11 @@ class Value:
     """NAS leaves it unedited; its delta is 0."""
 
     @property
+    def target(self) -> Tensor:
+        """v* or z, [D]."""
+        return self.initial_D + self.delta_D
+
+    @property
     def health(self) -> dict[str, float]:
         """Numbers of the edit that are those of its value."""
         return {

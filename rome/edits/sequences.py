@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from rome.data.records import Request
-from rome.editors import ChainEditor, Editor, JointEditor, State
+from rome.editors import ChainEditor, Editor, JointEditor, State, ValueEditor
+from rome.editors.values import Value
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta, cheapest, dense, written
 from rome.edits.grouping import Grouping
 from rome.edits.regularised import pruned
@@ -45,32 +47,48 @@ class Chain:
             return ChainState(carried=self._editor.begin())
         return ChainState()
 
+    def values(self, state: ChainState, requests: Sequence[Request]) -> list[Value]:
+        """The values of some requests of the next batch, of a ValueEditor."""
+        assert isinstance(self._editor, ValueEditor)
+        with written(self.model, Edit(requests[0], state.total)):
+            return self._editor.values(requests)
+
     def go_on(
-        self, state: ChainState, requests: Sequence[Request]
+        self,
+        state: ChainState,
+        requests: Sequence[Request],
+        known: tuple[Tensor, int] | None = None,
     ) -> tuple[list[Mapping[str, float]], ChainState]:
         """Edit the requests of whole batches: the health of each one's edit, and the chain after.
 
-        Raises RecordError where a request cannot be edited.
+        `known`: of one batch, the values [E, D] and how many of them NAS skips. Raises RecordError
+        where a request cannot be edited.
         """
         health: list[Mapping[str, float]] = []
         for start in range(0, len(requests), self.grouping.edits_per_model):
             batch = requests[start : start + self.grouping.edits_per_model]
-            edit, carried = self._edit(state, batch)
+            edit, carried = self._edit(state, batch, known)
             total = _added(state.total, edit.deltas)
             state = _as_kept(ChainState(state.edits + len(batch), total, carried))
             health += [edit.health] * len(batch)
         return health, state
 
-    def _edit(self, state: ChainState, batch: Sequence[Request]) -> tuple[Edit, State]:
+    def _edit(
+        self, state: ChainState, batch: Sequence[Request], known: tuple[Tensor, int] | None
+    ) -> tuple[Edit, State]:
+        editor = self._editor
+        if known is not None:
+            assert isinstance(editor, ValueEditor)
+            editor = editor.with_values(*known)
         # One write of all edits before, so that a weight is rounded to its dtype only once.
         with written(self.model, Edit(batch[0], state.total)):
-            if isinstance(self._editor, ChainEditor):
-                return self._editor.edit_batch(batch, state.carried)
+            if isinstance(editor, ChainEditor):
+                return editor.edit_batch(batch, state.carried)
             if self.grouping.edits_per_model == 1:
-                (edit,) = self._editor.edit(batch)
+                (edit,) = editor.edit(batch)
                 return edit, {}
-            assert isinstance(self._editor, JointEditor)
-            return self._editor.edit_together(batch), {}
+            assert isinstance(editor, JointEditor)
+            return editor.edit_together(batch), {}
 
 
 def scored(model: EditableModel, grouping: Grouping, state: ChainState) -> Mapping[str, Delta]:
