@@ -10,16 +10,22 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.queue import read_parts
 from cluster.store import Store, StoreError, retry
 from jobs.runs import manifests
+from jobs.runs.config import CorpusConfig, ModelConfig
+from jobs.tasks import moments
+from rome.second_moment import MomentOrigin, SecondMoment, load, save
 from tests.programs.chaos_chain_faults import ChainScene
 from tests.programs.chaos_chains import ChainSpec, finish_here
 from tests.programs.chaos_faults import FAULTS, Scene, Verdict, judge, wait_for
@@ -211,6 +217,42 @@ def test_records_results_table_and_status_are_all_there(
     job("evaluate", str(tmp_path / "tiny.yaml"), "--out", f"{root}/again", *here)
     assert copy.stat().st_mtime_ns == copied
     copy.unlink()
+
+
+def test_a_given_second_moment_may_lie_in_an_object_store(store: Store, tmp_path: Path) -> None:
+    moment, rows = SecondMoment.zeros(4), torch.randn(40, 4, generator=torch.manual_seed(0))
+    moment.add(rows)
+    origin = MomentOrigin(
+        model="tiny",
+        model_fingerprint="a" * 64,
+        layer=1,
+        weight="h.1.mlp",
+        corpus="texts",
+        corpus_fingerprint="b" * 64,
+    )
+    save(tmp_path / "layer-1.safetensors", moment, origin)
+    arrays: dict[str, Any] = {"mom2.mom2": moment.sum_KK.numpy(), "mom2.count": np.array(40)}
+    np.savez(tmp_path / "layer-2.npz", **arrays)
+    for path in tmp_path.glob("layer-*"):
+        store.write_bytes(f"given/{path.name}", path.read_bytes())
+
+    def ask(layer: int, suffix: str) -> tuple[str, bool]:
+        file = f"{store.uri}/given/layer-{{layer}}.{suffix}"
+        config = ModelConfig(
+            name="tiny", source="tiny", dtype="float32", second_moment=CorpusConfig(file=file)
+        )
+        weight = moments.Weight(layer, f"h.{layer}.mlp", 4)
+        return moments.given(config, weight, store.sub("made"), "a" * 64)
+
+    assert ask(1, "safetensors") == (store.sub("given/layer-1.safetensors").uri, True)
+    made, told = ask(2, "npz")
+    assert not told
+    assert made.startswith(f"{store.uri}/made/layer-2-")
+    known = {"file": made, "sha256": manifests.file_sha256(made)}
+    found, _ = load(manifests.at_hand(known, "second moment"))
+    torch.testing.assert_close(found.mean(), moment.mean(), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"given/layer-3.npz: no such file"):
+        ask(3, "npz")
 
 
 def test_a_machine_downloads_a_file_once_and_checks_it(

@@ -42,8 +42,8 @@ class CorpusConfig:
     passage_tokens: int = 512
     """Longer passages are cut."""
     file: str | None = None
-    """A ready second moment to use instead, `{layer}` in its name standing for the layer:
-    safetensors, or a .npz as the ROME authors publish."""
+    """A ready second moment to use instead, a path or a URI, `{layer}` in its name standing for the
+    layer: safetensors, or a .npz as the ROME authors publish."""
 
 
 @configurable(kw_only=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,28 +188,49 @@ class Weight:
 
 
 def given(config: ModelConfig, weight: Weight, folder: Store, fingerprint: str) -> tuple[str, bool]:
-    """The file that the config names, checked; what holds no factor is factored into `folder`.
+    """The file that the config names by a path or a URI, checked; what holds no factor is factored
+    into `folder`.
 
     A worker's work, which holds the matrix. Also says whether the file told of which weights it is.
     Raises ValueError where it is of another weight, or of other weights, and UnsolvableError.
     """
-    layer = weight.layer
-    path = Path(str(config.second_moment.file).replace("{layer}", str(layer)))
-    if not path.is_file():
+    name = str(config.second_moment.file).replace("{layer}", str(weight.layer))
+    if not Store(name).exists(""):
         raise ValueError(
-            f"{path}: no such file; model.second_moment.file must name a second moment of layer "
-            f"{layer}, or be null to compute one from model.second_moment.corpus"
+            f"{name}: no such file; model.second_moment.file must name a second moment of layer "
+            f"{weight.layer}, or be null to compute one from model.second_moment.corpus"
         )
+    with _on_disk(name) as path:
+        return _given(name, path, config, weight, folder, fingerprint)
+
+
+@contextmanager
+def _on_disk(name: str) -> Iterator[Path]:
+    """A file by its path; of a URI a copy, while the block lasts."""
+    if (store := Store(name)).is_local:
+        yield Path(name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / store.uri.rpartition("/")[2]
+        with path.open("wb") as opened:
+            opened.writelines(store.pieces(""))
+        yield path
+
+
+def _given(
+    name: str, path: Path, config: ModelConfig, weight: Weight, folder: Store, fingerprint: str
+) -> tuple[str, bool]:
+    layer = weight.layer
     if path.suffix != ".npz" and (found := load_factor(path)):
         factor_KK, _, origin = found
-        _check(path, factor_KK, config, weight)
-        _check_origin(path, origin, weight.name, fingerprint)
-        return str(path), True
+        _check(name, factor_KK, config, weight)
+        _check_origin(name, origin, weight.name, fingerprint)
+        return name, True
     digest = file_sha256(str(path))
     imported = folder.sub(f"layer-{layer}-{digest[:12]}.safetensors")
     if not imported.exists(""):
         moment = import_npz(path) if path.suffix == ".npz" else load(path)[0]
-        _check(path, moment.sum_KK, config, weight)
+        _check(name, moment.sum_KK, config, weight)
         origin = MomentOrigin(
             model=config.name,
             model_fingerprint=_NOT_RECORDED,
@@ -221,28 +243,28 @@ def given(config: ModelConfig, weight: Weight, folder: Store, fingerprint: str) 
     return imported.uri, False
 
 
-def _check(path: Path, matrix_KK: Tensor, config: ModelConfig, weight: Weight) -> None:
+def _check(name: str, matrix_KK: Tensor, config: ModelConfig, weight: Weight) -> None:
     """Raises ValueError where C, or its factor, has not the layer's size, or is not finite."""
     if (size := len(matrix_KK)) != weight.key_size:
         raise ValueError(
-            f"{path} must be over the {weight.key_size} key dimensions of layer "
+            f"{name} must be over the {weight.key_size} key dimensions of layer "
             f"{weight.layer} of {config.name}, "
             f"got {size}: it is of another model"
         )
     if not matrix_KK.isfinite().all():
-        raise ValueError(f"{path} must be finite, but holds infinities or NaN: compute it again")
+        raise ValueError(f"{name} must be finite, but holds infinities or NaN: compute it again")
 
 
-def _check_origin(path: Path, origin: MomentOrigin, weight: str, fingerprint: str) -> None:
+def _check_origin(name: str, origin: MomentOrigin, weight: str, fingerprint: str) -> None:
     """Raises ValueError where a file is of another weight, or of other weights, than the run's."""
     if origin.weight != weight:
         raise ValueError(
-            f"{path} must be of {weight}, but is of {origin.weight}; write {{layer}} where its "
+            f"{name} must be of {weight}, but is of {origin.weight}; write {{layer}} where its "
             "name has the layer"
         )
     if origin.model_fingerprint not in (fingerprint, _NOT_RECORDED):
         raise ValueError(
-            f"{path} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
+            f"{name} must be of this run's weights, whose fingerprint is {fingerprint[:16]}, but "
             f"is of others ({origin.model_fingerprint[:16]}): compute it for them, or give the "
             "file that is theirs"
         )
