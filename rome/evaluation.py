@@ -66,9 +66,7 @@ def evaluate(
             texts = _texts(model, starts, edits, settings.generation, token_budget)
             counted = entropies([some for some in texts if some])
             stages.end("generation")
-        scores = probabilities.score_prepared(
-            model, records, prepared.result(), edits, token_budget
-        )
+        scores = probabilities.score_prepared(model, asked, prepared.result(), edits, token_budget)
     probes = probe_sets.score_probes(model, asked, edits, settings.strict, token_budget)
     stages.end("probabilities")
     said: list[dict[str, Any]] = [{} for _ in records]

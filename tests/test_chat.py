@@ -13,6 +13,7 @@ from rome.data.records import Record, Request
 from rome.edits.deltas import Edit
 from rome.evaluation import evaluate
 from rome.models import EditableModel, chat, prompts
+from rome.scoring import released
 from rome.scoring.generation import UNEDITED
 from rome.scoring.probabilities import Query, score
 from rome.scoring.settings import PromptTemplate, ScoringSettings, WildSettings
@@ -89,6 +90,23 @@ def test_edits_and_what_is_asked_are_in_the_template_where_the_run_says(
     assert row["prompt"] == record.prompt
     # These are no turns of a chat.
     assert ("neighborhood_plus_nll_new" in row) is not asks
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_the_released_shares_are_of_what_is_asked(
+    template: PromptTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a space before the target, which a turn of a chat has not."""
+    seen: list[Record] = []
+    shares = released.accuracies
+
+    def seeing(model: EditableModel, records: Any, *rest: Any) -> Any:
+        seen.extend(records)
+        return shares(model, records, *rest)
+
+    monkeypatch.setattr(released, "accuracies", seeing)
+    edited_and_scored(chatting("bos"), RECORDS[0], template)
+    assert [record.separator for record in seen] == [" " if template == "raw" else ""]
 
 
 def test_a_template_that_spoils_prompts_and_a_tokenizer_without_one_are_refused() -> None:
