@@ -57,6 +57,9 @@ class Grid:
     """No row is leased before this one, of another group, is done."""
     needs: Mapping[int, tuple[Key, ...]] = field(default_factory=dict)
     """The rows of other groups that must be done before the row of a case id is leased."""
+    passing: bool = False
+    """Its rows are wanted for those that need them alone: not once these are done, and not where
+    what they need themselves is a dead letter."""
     own: Mapping[str, Grid] = field(default_factory=dict)
     """The groups that have a grid of their own instead of this one."""
     origin: Origin = field(default_factory=Origin)
@@ -95,7 +98,7 @@ class Grid:
             yield from grid.needs.get(case_id, ())
 
     def awaited(self) -> set[str]:
-        """The groups of which later rows need earlier ones, or others theirs: they go first."""
+        """The groups whose rows other batches wait for; they go first."""
         needed = (keys for grid in self.own.values() for keys in grid.needs.values())
         ordered = {group for group, grid in self.own.items() if grid.in_order}
         return ordered | {group for keys in needed for group, _ in keys}

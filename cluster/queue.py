@@ -130,6 +130,7 @@ class LeaseTable:
         self._copied: set[Lease] = set()
         self._node_losses: Counter[Lease] = Counter()
         self._groups, self._awaited = groups, grid.awaited()
+        self._pass_over()
         self.queue(grid.rows)
 
     def queue(self, rows: int) -> None:
@@ -244,14 +245,33 @@ class LeaseTable:
         self._mark(self._read([n for n in names if self._store.exists(n)]).errors)
         return self._is_done(lease)
 
-    def _put(self, leases: Iterable[Lease], first: bool = False) -> None:
-        """Queue leases; one that must wait for rows is held back until the last of them is done."""
+    def _put(self, leases: Iterable[Lease]) -> None:
+        """Queue leases, those that others wait for before the rest; one that must wait for rows is
+        held back until the last of them is done."""
         for lease in leases:
             left = next((key for key in self._grid.before(lease) if key not in self.done), None)
             if left is not None:
                 self._held.setdefault(left, []).append(lease)
+            elif self._in_vain(lease):
+                self._mark(dict.fromkeys(self._keys(lease)))
+            elif lease.group in self._awaited:
+                others = (i for i, x in enumerate(self._pending) if x.group not in self._awaited)
+                self._pending.insert(next(others, len(self._pending)), lease)
             else:
-                (self._pending.appendleft if first else self._pending.append)(lease)
+                self._pending.append(lease)
+
+    def _in_vain(self, lease: Lease) -> bool:
+        """True if nobody will want the rows, since what they need is a dead letter."""
+        passing = self._grid.of(lease.group).passing
+        return passing and any(key in self.dead for key in self._grid.before(lease))
+
+    def _pass_over(self) -> None:
+        """Take what is wanted no more as done: passing rows, if those that need them are done."""
+        passing = {group for group in self._groups if self._grid.of(group).passing}
+        for group, grid in self._grid.own.items() if passing else ():
+            for case_id, keys in grid.needs.items():
+                if (group, case_id) in self.done:
+                    self.done.update(key for key in keys if key[0] in passing)
 
     def _is_done(self, lease: Lease) -> bool:
         return self.done.issuperset(self._keys(lease))
@@ -286,9 +306,7 @@ class LeaseTable:
             else:
                 self.dead[key] = error
             self.done.add(key)
-            held = self._held.pop(key, [])
-            self._put((x for x in reversed(held) if x.group in self._awaited), first=True)
-            self._put(x for x in held if x.group not in self._awaited)
+            self._put(self._held.pop(key, ()))
 
     def _rest(self, whole: Lease) -> list[Lease]:
         """The rest of a lease: all of it, or those of the grid in it, or single records of them."""

@@ -26,7 +26,7 @@ from cluster.queue import read_parts
 from cluster.store import Store
 from jobs import cli
 from jobs.runs import manifests
-from jobs.runs.parts import PARTS, hive_values, row_of, scan
+from jobs.runs.parts import BATCHES, PARTS, VALUES, hive_values, row_of, scan
 from rome.json_text import parsed
 
 RECENT = timedelta(minutes=10)
@@ -106,7 +106,7 @@ def _not_finite(store: Store, parts: Sequence[str]) -> int:
 
 
 def _recent(results: Store, written: dict[str, datetime]) -> tuple[float, dict[str, int]]:
-    """Rows per second, and rows by worker, of the parts that were committed last."""
+    """Rows of the table per second, and rows by worker, of the parts that were committed last."""
     if not written:
         return 0.0, {}
     last = max(written.values())
@@ -120,7 +120,9 @@ def _recent(results: Store, written: dict[str, datetime]) -> tuple[float, dict[s
             continue  # Damaged, or set aside meanwhile.
         if "worker" in table.column_names:
             rows.update(worker for worker in table["worker"].to_pylist() if worker is not None)
-        after_the_first += table.num_rows if number else 0
+        # Batches and values are not among what is told as left.
+        if number and not name.startswith((BATCHES, VALUES)):
+            after_the_first += table.num_rows
     seconds = (last - recent[0][0]).total_seconds()
     return (after_the_first / seconds if seconds else 0.0), dict(rows.most_common())
 

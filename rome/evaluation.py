@@ -46,26 +46,29 @@ def evaluate(
     The host works while the device does: a thread prepares what is asked during the edit, and GE
     may be counted elsewhere (`rome.scoring.apart`) while probabilities and answers are computed.
     """
-    stages = _Stages(2 + settings.strict + bool(settings.wild) + bool(settings.generation), tell)
     edited_as, asked_as = _templates(model, prompt_template)
     asked = [asked_as(record) for record in records]
     extras = Extras(settings.neighborhood_plus, reversed_prompts if settings.reversed else {})
     if prompt_template in ("chat", "chat_probes"):
         extras = probabilities.BENCHMARK_ONLY
-    starts = generation.record_starts(model, records) if settings.generation else []
+    stages = _Stages(2 + settings.strict + bool(settings.wild) + bool(settings.generation), tell)
     with ThreadPoolExecutor(1) as beside:
+        starts = beside.submit(generation.record_starts, model, records)
         prepared = beside.submit(probabilities.prepare, model, asked, extras)
         edits = edit_records(model, editor, [edited_as(record) for record in records])
         for edit in edits:
             norm = edit.health["norm"] if "norm" in edit.health else total_norm(edit.deltas)
             refuse_if_not_finite(norm)
         stages.end("edit")
+        if prepared.done():
+            prepared.result()  # What cannot be asked is told before texts are made.
         texts: list[list[str]] = [[] for _ in records]
         counted = text_metrics.entropies([])
         if settings.generation:
-            texts = _texts(model, starts, edits, settings.generation, token_budget)
-            counted = entropies([some for some in texts if some])
+            texts = _texts(model, starts.result(), edits, settings.generation, token_budget)
             stages.end("generation")
+            counted = entropies([some for some in texts if some])
+            stages.begin()
         scores = probabilities.score_prepared(model, asked, prepared.result(), edits, token_budget)
     probes = probe_sets.score_probes(model, asked, edits, settings.strict, token_budget)
     stages.end("probabilities")
@@ -112,8 +115,12 @@ class _Stages:
 
     def __init__(self, count: int, tell: Callable[[float], object]) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self._count, self._tell = count, tell
-        self._ended, self._last = 0, time.perf_counter()
+        self._count, self._tell, self._ended = count, tell, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """What was done since the last one is of no stage."""
+        self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
         self._ended += 1

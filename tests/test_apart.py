@@ -33,8 +33,20 @@ def test_texts_are_counted_here_if_the_process_is_gone(caplog: pytest.LogCapture
     assert beside(TEXTS).result()
     beside.process.kill()
     beside.process.wait()
-    assert beside(TEXTS).result() == entropies(TEXTS).result()
-    assert "it is counted here" in caplog.text
+    for texts in (TEXTS, TEXTS[1:]):
+        assert beside(texts).result() == entropies(texts).result()
+    assert caplog.text.count("it is counted here now") == 1
+
+
+def test_answers_that_are_not_those_of_the_texts_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as after a line that another library prints when Python starts."""
+    (tmp_path / "sitecustomize.py").write_text("print('[1.5]')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    beside = EntropyProcess()
+    for texts in (TEXTS, TEXTS[:1], TEXTS[1:]):
+        assert beside(texts).result() == entropies(texts).result()
 
 
 def test_it_ends_with_a_worker_that_is_killed() -> None:

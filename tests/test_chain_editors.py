@@ -13,11 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rome.data.records import RecordError, Request
-from rome.editors import EDITORS, ChainEditor, Editor, JointEditor, Resources, State
+from rome.editors import (
+    EDITORS,
+    ChainEditor,
+    Editor,
+    JointEditor,
+    Resources,
+    State,
+    ValueEditor,
+)
 from rome.editors.alphaedit import AlphaEdit, AlphaEditSettings
 from rome.editors.history import History
 from rome.editors.memit import Memit, MemitSettings, MemitWithHistory
-from rome.editors.spreading import Remembering
+from rome.editors.spreading import Remembering, SpreadingSettings
 from rome.editors.ultraedit import UltraEdit, UltraEditSettings
 from rome.editors.values import ValueSettings
 from rome.edits.deltas import Edit, dense, written
@@ -313,3 +321,12 @@ def test_those_that_carry_a_state_say_so(
     editor: Editor = kind.build(resources, kind.settings(**settings))
     assert isinstance(editor, ChainEditor) == carries
     assert isinstance(editor, JointEditor) or not carries
+
+
+def test_the_registry_says_whose_values_can_be_shared() -> None:
+    model = tiny.model("gpt2")
+    assert isinstance(memit(model, MEMIT), ValueEditor)
+    assert isinstance(alphaedit(model, ALPHA), ValueEditor)
+    assert not isinstance(UltraEdit(model, ULTRA["gpt2"], BUDGET), ValueEditor)
+    spread = [n for n, kind in EDITORS.items() if issubclass(kind.settings, SpreadingSettings)]
+    assert spread == [name for name, kind in EDITORS.items() if kind.values]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -143,5 +144,10 @@ def test_a_record_without_a_value_ends_its_chain_and_is_tried_again(
 
 def test_values_that_are_not_seen_blame_the_store(tmp_path: Path) -> None:
     chain = Chain("memit", 0, (3, 4), Grouping(2, 1, checkpoints=(2,)), "editor=memit", True)
+    run = Store(str(tmp_path))
+    assert values.known(run, chain, 0) is None
+    row = {"run": "r", "case_id": 4, "status": "ok", "attempts": 1, "value": [1.0]}
+    table = pa.Table.from_pylist([row | {"edit_skipped": 0}], values.VALUE_SCHEMA)
+    run.write_table(f"results/{chain.values}/part-00000-000001-000002.parquet", table)
     with pytest.raises(StoreError, match=re.escape("must hold the value of case 3")):
-        values.read(Store(str(tmp_path)), chain, 0)
+        values.known(run, chain, 0)

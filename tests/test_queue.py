@@ -423,7 +423,12 @@ SPREAD = Grid(
             in_order=True,
             needs={0: tuple((VALUES, i) for i in (5, 6, 7)), 1: ((VALUES, 8), (VALUES, 9))},
         ),
-        VALUES: Grid(((5, 6, 7), (8, 9)), rows=2, needs={8: ((BATCHES, 0),), 9: ((BATCHES, 0),)}),
+        VALUES: Grid(
+            ((5, 6, 7), (8, 9)),
+            rows=2,
+            needs={8: ((BATCHES, 0),), 9: ((BATCHES, 0),)},
+            passing=True,
+        ),
     },
 )
 
@@ -449,6 +454,45 @@ def test_a_row_waits_for_all_that_it_needs_whatever_their_order(store: Store) ->
     assert table.lease("c") is None
     table.complete("a", first, {})
     assert (take(table, "a").group, table.pending) == (BATCHES, 0)
+
+
+def test_what_is_needed_for_what_is_done_is_not_done(store: Store) -> None:
+    """Such as values of batches that an earlier version made, or that somebody removed."""
+    store.write_table(Lease(BATCHES, 0, 0, 1).part, pa.table({"case_id": [0]}))
+    table = LeaseTable(store, [BATCHES, VALUES], SPREAD)
+    assert (table.pending, SPREAD.ids(take(table, "a"))) == (1, (8, 9))
+    store.write_table(Lease(BATCHES, 0, 1, 2).part, pa.table({"case_id": [1]}))
+    assert LeaseTable(store, [BATCHES, VALUES], SPREAD).finished
+
+
+def test_nothing_is_done_for_what_cannot_be(store: Store) -> None:
+    """After a batch that failed, the next ones are asked at once, and find it so."""
+    table = LeaseTable(store, [BATCHES, VALUES], SPREAD)
+    for name in "ab":
+        table.complete(name, take(table, name), {})
+    table.complete("a", take(table, "a"), {0: "no such key"})
+    lease = take(table, "a")
+    assert (lease.group, lease.start, table.pending) == (BATCHES, 1, 0)
+    table.complete("a", lease, {1: "it ended"})
+    assert table.finished
+    assert len(table.done) == table.total == 7
+    error = pa.array(["no such key"], pa.string())
+    for row in range(2):
+        part = Lease(BATCHES, 0, row, row + 1).part
+        store.write_table(part, pa.table({"case_id": [row], "error": error}))
+    assert LeaseTable(store, [BATCHES, VALUES], SPREAD).finished
+    again = LeaseTable(store, [BATCHES, VALUES], SPREAD, retry_dead=True)
+    for name in "ab":
+        again.complete(name, take(again, name), {})
+    again.complete("a", take(again, "a"), {})
+    values = take(again, "a")
+    assert (values.group, SPREAD.ids(values)) == (VALUES, (8, 9))
+
+
+def test_what_failed_and_others_wait_for_goes_before_the_rest(store: Store) -> None:
+    table = LeaseTable(store, [BATCHES, VALUES, GROUP], replace(SPREAD, shards=GRID.shards))
+    table.fail("a", take(table, "a"))
+    assert [lease.group for lease in drain(table)] == [VALUES] * 3 + [GROUP] * 4
 
 
 def test_what_is_needed_is_done_again_before_it_is_used(store: Store) -> None:

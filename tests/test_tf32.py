@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rome.edits.deltas import dense
+from rome.edits.deltas import Edit, dense
 from rome.evaluation import evaluate
+from rome.scoring.probabilities import score_records
 from rome.scoring.settings import ScoringSettings
 from tests.support import computations, tiny
 from tests.support.tf32 import Tf32, rounded
@@ -41,6 +42,17 @@ def test_products_are_those_of_rounded_factors_and_nothing_else_is() -> None:
 def test_a_row_is_near_that_of_float32(family: str) -> None:
     """To a few times the rounding: as near as a card's is asked to be."""
     model, settings = tiny.model(family, "float32"), ScoringSettings(generation=None)
+
+    unedited = [Edit(record.request) for record in computations.RECORDS]
+
+    def scores() -> list[float]:
+        rows = score_records(model, computations.RECORDS, unedited, 400)
+        return [nll for row in rows for nll in row["rewrite_nll_new"]]
+
+    with Tf32():
+        rounded_scores = scores()
+    assert rounded_scores != scores()
+    assert rounded_scores == pytest.approx(scores(), abs=0.1)
 
     def row() -> tuple[torch.Tensor, list[float]]:
         editor = computations.EDITORS["rome 1"](model)

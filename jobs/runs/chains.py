@@ -24,7 +24,10 @@ _EDITS_OF_A_LEASE = 100
 """A worker that is lost costs so many edits of a chain, or one batch, if that has more."""
 SHARED_FROM = 500
 """Edits of a batch from which on its values are leased by themselves. A worker that finds some must
-have the state before, which has the size of the edited weights: for less it would be slower."""
+have the state before: the edited weights, and with a history K x K a layer more. For fewer edits
+that would be slower."""
+_SOLVING = 20
+"""A batch whose values are known takes this part of the time of one that finds them, or less."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def with_chains(grid: Grid, chains: list[Chain]) -> Grid:
         own[chain.batches] = Grid(
             (batches,),
             _batches_of_a_lease(chain.grouping),
-            records=chain.grouping.edits_per_model,
+            records=_records_of_a_batch(chain),
             in_order=True,
             needs=_values_of_batches(chain) if chain.shares_values else {},
         )
@@ -136,6 +139,11 @@ def groups_of(chains: list[Chain]) -> Iterator[str]:
             yield chain.scores(edits)
 
 
+def _records_of_a_batch(chain: Chain) -> int:
+    edits = chain.grouping.edits_per_model
+    return max(edits // _SOLVING, 1) if chain.shares_values else edits
+
+
 def _values_of_batches(chain: Chain) -> dict[int, tuple[Key, ...]]:
     """What each batch needs: the values of all its edits."""
     return {
@@ -152,7 +160,7 @@ def _values_grid(chain: Chain, rows: int) -> Grid:
         for number, shard in enumerate(shards[1:])
         for case_id in shard
     }
-    return Grid(shards, rows, needs=needs)
+    return Grid(shards, rows, needs=needs, passing=True)
 
 
 def _batches_of_a_lease(grouping: Grouping) -> int:

@@ -159,7 +159,7 @@ class Chains:
         try:
             _refuse_what_chains_cannot(batch)
             requests = [record.request for record in batch]
-            known = values.read(self._run, chain, number) if chain.shares_values else None
+            known = values.known(self._run, chain, number) if chain.shares_values else None
             _, state = self._editors[chain.editor].go_on(state, requests, known)
             refuse_if_not_finite(total_norm(state.total))
         except RecordError as error:

@@ -24,7 +24,7 @@ from jobs.runs import manifests
 from jobs.runs.chains import Chain
 from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.manifests import at_hand
-from jobs.runs.parts import BATCHES, VALUES, hive_path, hive_values
+from jobs.runs.parts import hive_path, hive_values
 from jobs.tasks import stored_edits
 from jobs.tasks.chains import BATCH_SCHEMA, Chains
 from jobs.tasks.loading import load_model, token_budget
@@ -43,9 +43,10 @@ from rome.edits.sequences import turns
 from rome.edits.several import RecordEditor
 from rome.evaluation import evaluate
 from rome.models import EditableModel, prompts
+from rome.scoring import text_metrics
 from rome.scoring.apart import entropies_beside
 from rome.scoring.generation import sample_context_texts
-from rome.scoring.text_metrics import ReferenceTexts, words
+from rome.scoring.text_metrics import Entropies, ReferenceTexts, words
 from rome.solver import Solver
 
 log = logging.getLogger(__name__)
@@ -86,8 +87,9 @@ class Evaluation:
         """Rows of a lease with what they have in common."""
         common = {"run": self.config.name, "attempts": lease.attempt, "worker": worker or None}
         chain = self.chains.get(lease.group)
-        if chain and (schema := _OF_CHAINS.get(lease.group.partition("/")[0])):
-            return pa.Table.from_pylist([{**common, **row} for row in rows], schema=schema)
+        own = chain and {chain.batches: BATCH_SCHEMA, chain.values: VALUE_SCHEMA}.get(lease.group)
+        if own:
+            return pa.Table.from_pylist([{**common, **row} for row in rows], schema=own)
         if chain is None:
             return _with_metrics([{**common, "status": OK, **row} for row in rows])
         edits = int(hive_values(lease.group)["edits"])
@@ -101,8 +103,6 @@ def _with_metrics(rows: list[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
     return pl.from_arrow(table).with_columns(record_metrics()).to_arrow()  # type: ignore[union-attr]
 
-
-_OF_CHAINS = {BATCHES.rstrip("/"): BATCH_SCHEMA, VALUES.rstrip("/"): VALUE_SCHEMA}
 
 _Done = tuple[dict[str, Any], Edit | None]
 
@@ -152,9 +152,10 @@ class EvaluationTask:
         self._stored = cache(self._stored_edits)
         self._behind = 0
         self.references = _references(evaluation.records)
+        self.entropies: Entropies = text_metrics.entropies
         if config.scoring.generation:
             words("")  # GE's data is missed now, and not after the first lease.
-        self.entropies = entropies_beside(self.model.device)
+            self.entropies = entropies_beside(self.model.device)
 
     def describe(self) -> dict[str, Any]:
         return {"model_fingerprint": self.fingerprint}

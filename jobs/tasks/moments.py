@@ -208,7 +208,7 @@ def given(config: ModelConfig, weight: Weight, folder: Store, fingerprint: str) 
 def _on_disk(name: str) -> Iterator[Path]:
     """A file by its path; of a URI a copy, while the block lasts."""
     if (store := Store(name)).is_local:
-        yield Path(name)
+        yield Path(store.address(""))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / store.uri.rpartition("/")[2]

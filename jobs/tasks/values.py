@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cluster.store import Store, StoreError
+from cluster.store import DamagedError, Store, StoreError
 from cluster.words import printable, redacted
 from jobs.runs.chains import Chain
 from rome.data.records import Record, RecordError
@@ -58,19 +58,23 @@ def failed(records: Iterable[Record], error: RecordError) -> list[dict[str, Any]
     return [{"case_id": record.case_id, "status": ERROR, "error": text} for record in records]
 
 
-def read(run: Store, chain: Chain, number: int) -> tuple[Tensor, int]:
-    """The values of a batch [E, D], float64, in the order of its edits, and how many NAS skips.
+def known(run: Store, chain: Chain, number: int) -> tuple[Tensor, int] | None:
+    """The values of a batch [E, D], float64, in the order of its edits, and how many NAS skips;
+    None if there is no part of them: in a run that an earlier version began, for one.
 
-    Raises RecordError where one of the records has none, and StoreError where the rows are not to
-    be seen, since they were committed.
+    Raises RecordError where one of the records has none, and StoreError where some rows are not to
+    be seen.
     """
     results, columns = run.sub("results"), ("case_id", "error", "value", "edit_skipped")
     names = results.list(f"{chain.values}/part-{number:05d}-", ".parquet")
     values: dict[int, np.ndarray[Any, Any]] = {}
     errors: dict[int, str] = {}
     skipped: dict[int, int] = {}
-    for name in names:
-        table = results.read_table(name, columns)
+    if not names:
+        return None
+    for table in results.read_tables(names, columns):
+        if isinstance(table, DamagedError):
+            raise table
         for case_id, error, value, left in zip(*(table[c] for c in columns), strict=True):
             if error.is_valid:
                 errors[case_id.as_py()] = error.as_py()
@@ -82,7 +86,7 @@ def read(run: Store, chain: Chain, number: int) -> tuple[Tensor, int]:
         if missing[0] in errors:
             raise RecordError(errors[missing[0]])
         raise StoreError(
-            f"{results.uri}/{chain.values} must hold the value of case {missing[0]}, which is "
-            "done, and does not show it"
+            f"{results.uri}/{chain.values} must hold the value of case {missing[0]}, and does not "
+            "show it"
         )
     return torch.from_numpy(np.stack([values[i] for i in wanted])), sum(skipped[i] for i in wanted)

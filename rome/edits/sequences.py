@@ -64,6 +64,7 @@ class Chain:
         `known`: of one batch, the values [E, D] and how many of them NAS skips. Raises RecordError
         where a request cannot be edited.
         """
+        assert known is None or len(known[0]) == len(requests) == self.grouping.edits_per_model
         health: list[Mapping[str, float]] = []
         for start in range(0, len(requests), self.grouping.edits_per_model):
             batch = requests[start : start + self.grouping.edits_per_model]

@@ -10,11 +10,13 @@ import sys
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-
-import torch
+from typing import TYPE_CHECKING
 
 from rome.scoring import text_metrics
 from rome.scoring.text_metrics import Entropies
+
+if TYPE_CHECKING:  # The process that counts does without.
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +42,28 @@ class EntropyProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # An interrupt on the terminal is for the run.
         )
-        self._turns = ThreadPoolExecutor(1)
+        self._turns, self._failed = ThreadPoolExecutor(1), False
         weakref.finalize(self, _end, self.process)
 
     def __call__(self, texts: Sequence[Sequence[str]]) -> Future[list[float]]:
         return self._turns.submit(self._count, texts)
 
     def _count(self, texts: Sequence[Sequence[str]]) -> list[float]:
+        if self._failed:
+            return text_metrics.entropies(texts).result()
         asked, answered = self.process.stdin, self.process.stdout
         assert asked is not None
         assert answered is not None
         try:
             print(json.dumps(texts), file=asked, flush=True)
             numbers: list[float] = json.loads(answered.readline())
-        except (OSError, ValueError) as error:
-            log.warning("the process that counts GE is gone; it is counted here", exc_info=error)
+            if len(numbers) != len(texts):
+                raise ValueError(f"asked for {len(texts)} numbers, got {len(numbers)}")
+        except (OSError, ValueError, TypeError) as error:
+            # An answer that comes late would be taken for the next one.
+            self.process.kill()
+            self._failed = True
+            log.warning("the process that counts GE failed; it is counted here now", exc_info=error)
             return text_metrics.entropies(texts).result()
         return numbers
 

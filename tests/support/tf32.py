@@ -1,6 +1,6 @@
 """tf32 without a card: products of float32 whose factors are rounded to ten bits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.bmm.default: (0, 1),
     aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2),
+    aten.mv.default: (0, 1),
+    aten.addmv.default: (1, 2),
 }
 _LOST = 13  # Of the 23 bits of a float32's mantissa.
 
@@ -27,11 +29,17 @@ class Tf32(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func not in _PRODUCTS:
+            # In inference mode torch shows maps whole, and their products only when asked for them.
+            with self:
+                made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
         given = list(args)
         for place in _PRODUCTS.get(func, ()):
             if given[place].dtype == torch.float32:
