@@ -56,6 +56,8 @@ class EditableModel:
             kernels.give_room(hf)
         self.tokenizer = tokenizer
         self.name = name
+        # The first call sets padding and truncation, which no thread may while another one encodes.
+        self.encode(["a"])
 
     @property
     def device(self) -> torch.device:

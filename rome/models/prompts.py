@@ -5,7 +5,6 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,10 +32,6 @@ class Text:
     start: int
 
 
-# A fast tokenizer whose settings change while another thread encodes raises "Already borrowed".
-_ONE_AT_A_TIME = threading.Lock()
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
     """Encode whole texts as the tokenizer does by default (with BOS where it adds one).
 
@@ -44,13 +39,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Enc
     """
     if not texts:
         return []
-    with _ONE_AT_A_TIME:
-        encoded = tokenizer(
-            [*texts, "a"],
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            padding=False,
-        )
+    encoded = tokenizer(
+        [*texts, "a"],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        padding=False,
+    )
     columns = ("input_ids", "offset_mapping", "special_tokens_mask")
     *rows, probe = zip(*(encoded[c] for c in columns), strict=True)
     before = probe[2].index(0)  # Of a text without tokens, special ones are before or after it.
