@@ -92,7 +92,7 @@ qaedit: FILE ?= qaedit
 qaedit: setup ## Tabulate QAEdit on SmolLM2, of FILE=qaedit.json.
 	$(BIN)/python -m jobs.prepare $(FILE) --out $(STORES)/$(basename $(notdir $(FILE)))
 	$(BIN)/python -m jobs.evaluate configs/runs/qaedit-smollm2.yaml \
-		--set benchmark=$(STORES)/$(basename $(notdir $(FILE)))
+		--set benchmark=$(STORES)/$(basename $(notdir $(FILE))) --set model.dtype=$(DTYPE)
 
 lifelong: $(STORES)/counterfact_1618/manifest.json ## Make a thousand edits of SmolLM2, in two orders, by seven editors: many hours.
 	$(BIN)/python -m jobs.evaluate configs/runs/lifelong-smollm2.yaml \
