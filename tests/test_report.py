@@ -16,7 +16,8 @@ import polars as pl
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from jobs.output import report_data
+from jobs.output import leaderboard, report_data
+from jobs.output.leaderboard import Board
 from jobs.reduce import reduce
 from jobs.report import app
 from rome.analysis import failures
@@ -222,6 +223,20 @@ def count(page: Page) -> str:
 
 def board(page: Page) -> list[str]:
     return page.locator("#board tbody th").all_inner_texts()
+
+
+def test_the_verdict_on_chains_is_of_the_checkpoints_after_the_most_edits() -> None:
+    def row(label: str, score: float) -> dict[str, Any]:
+        cell = {"text": f"{score:.1f}", "value": score, "low": None, "high": None}
+        counts = dict.fromkeys(("F2: bleeds over to neighbors", "broken text"), 0)
+        cells = dict.fromkeys(("ES", "NS"), cell)
+        known = {"label": label, "unedited": False, "n": 9, "score": cell}
+        return known | {"cells": cells, "counts": counts}
+
+    rows = [row("memit@10", 90), row("rome@10", 80), row("rome@1000", 70), row("memit@1000", 60)]
+    said = leaderboard.verdict(Board("S", [], {}, rows, None), pl.DataFrame())[0]
+    text = "".join(one.text for one in said)
+    assert text == "After 1,000 edits rome@1000 has the best S, 70.0; next is memit@1000 with 60.0."
 
 
 def test_the_leaderboard_sorts_and_counts_open_their_records(

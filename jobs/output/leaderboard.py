@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -171,14 +172,25 @@ def records_link(label: str, failure: str) -> str:
 
 
 def verdict(table: Board, pairs: pl.DataFrame) -> list[list[Said]]:
-    """Two sentences: who is best and what of it holds; what it writes, keeps and breaks."""
+    """Two sentences: who is best and what of it holds; what it writes, keeps and breaks.
+
+    Of chains only the checkpoints after the most edits, since fewer edits are easier.
+    """
     edited = [
         row for row in table.rows if not row["unedited"] and row["score"]["value"] is not None
     ]
     if not edited:
         return []
-    first, *others = edited
-    return [list(_lead(table, first, others, pairs)), list(_cost(table, first))]
+    most = max(_edits(row) for row in edited)
+    first, *others = (row for row in edited if _edits(row) == most)
+    after = [Said(f"After {most:,} edits ")] if most else []
+    return [[*after, *_lead(table, first, others, pairs)], list(_cost(table, first))]
+
+
+def _edits(row: Mapping[str, Any]) -> int:
+    """The edits of a checkpoint; 0 of a row that is none."""
+    found = re.search(r"@(\d+)$", row["label"])
+    return int(found[1]) if found else 0
 
 
 def _lead(
