@@ -111,7 +111,7 @@ def evaluate(
 
 
 class _Stages:
-    """The seconds of a batch's stages, each of which is told when it ends."""
+    """Times the stages of a batch, and tells when each ends."""
 
     def __init__(self, count: int, tell: Callable[[float], object]) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -119,7 +119,7 @@ class _Stages:
         self.begin()
 
     def begin(self) -> None:
-        """What was done since the last one is of no stage."""
+        """Start the clock again: the time since the last stage counts for none."""
         self._last = time.perf_counter()
 
     def end(self, name: str) -> None:
@@ -130,7 +130,7 @@ class _Stages:
 
 
 def _facts(record: Record) -> dict[str, Any]:
-    """What a row says of its record, whatever was asked."""
+    """The columns that copy the record itself."""
     return {
         "case_id": record.case_id,
         "relation_id": record.relation_id,

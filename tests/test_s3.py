@@ -219,7 +219,10 @@ def test_records_results_table_and_status_are_all_there(
     copy.unlink()
 
 
-def test_a_given_second_moment_may_lie_in_an_object_store(store: Store, tmp_path: Path) -> None:
+def test_a_given_second_moment_may_lie_in_an_object_store(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROME_CACHE", str(tmp_path / "cache"))
     moment, rows = SecondMoment.zeros(4), torch.randn(40, 4, generator=torch.manual_seed(0))
     moment.add(rows)
     origin = MomentOrigin(
@@ -236,8 +239,8 @@ def test_a_given_second_moment_may_lie_in_an_object_store(store: Store, tmp_path
     for path in tmp_path.glob("layer-*"):
         store.write_bytes(f"given/{path.name}", path.read_bytes())
 
-    def ask(layer: int, suffix: str) -> tuple[str, bool]:
-        file = f"{store.uri}/given/layer-{{layer}}.{suffix}"
+    def ask(layer: int, suffix: str, folder: str = f"{store.uri}/given") -> tuple[str, bool]:
+        file = f"{folder}/layer-{{layer}}.{suffix}"
         config = ModelConfig(
             name="tiny", source="tiny", dtype="float32", second_moment=CorpusConfig(file=file)
         )
@@ -253,6 +256,10 @@ def test_a_given_second_moment_may_lie_in_an_object_store(store: Store, tmp_path
     torch.testing.assert_close(found.mean(), moment.mean(), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=r"given/layer-3.npz: no such file"):
         ask(3, "npz")
+    local = ask(1, "safetensors", f"file://{tmp_path}")
+    assert local == (f"file://{tmp_path}/layer-1.safetensors", True)
+    known = {"file": local[0], "sha256": manifests.file_sha256(local[0])}
+    assert manifests.at_hand(known, "second moment") == tmp_path / "layer-1.safetensors"
 
 
 def test_a_machine_downloads_a_file_once_and_checks_it(

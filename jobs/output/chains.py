@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cluster.store import Store
-from jobs.runs.parts import BATCHES, PARTS, collect, hive_values
+from jobs.runs.parts import AT, BATCHES, PARTS, collect, hive_values
 from rome.analysis import chains
 from rome.analysis.metrics import SUCCESSES, table_of
 from rome.data.results import OK
@@ -40,7 +40,7 @@ def read(store: Store, rows: Sequence[str]) -> pl.DataFrame:
 def _sorted(frame: pl.DataFrame, rows: Sequence[str]) -> pl.DataFrame:
     """With the name of the chain, in the order of the run's table."""
     places = {row: place for place, row in enumerate(rows)}
-    return frame.with_columns(pl.col("editor").str.replace(r"@\d+$", "").alias("chain")).sort(
+    return frame.with_columns(pl.col("editor").str.replace(AT, "").alias("chain")).sort(
         pl.col("editor").replace_strict(places, default=len(places)), maintain_order=True
     )
 

@@ -14,7 +14,7 @@ from cluster.store import Store
 from jobs.output.tables import change, is_in_bits, on_screen, published
 from jobs.runs.labels import UNEDITED
 from jobs.runs.manifests import rows as rows_of
-from jobs.runs.parts import PARTS
+from jobs.runs.parts import AT, PARTS
 from rome.analysis.failures import FAILURES
 from rome.analysis.metrics import METRICS, SUCCESSES, table_of
 from rome.data.results import OK
@@ -188,8 +188,8 @@ def verdict(table: Board, pairs: pl.DataFrame) -> list[list[Said]]:
 
 
 def _edits(row: Mapping[str, Any]) -> int:
-    """The edits of a checkpoint; 0 of a row that is none."""
-    found = re.search(r"@(\d+)$", row["label"])
+    """The edits of a checkpoint; 0 for any other row."""
+    found = re.search(AT, row["label"])
     return int(found[1]) if found else 0
 
 

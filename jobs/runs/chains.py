@@ -145,7 +145,7 @@ def _records_of_a_batch(chain: Chain) -> int:
 
 
 def _values_of_batches(chain: Chain) -> dict[int, tuple[Key, ...]]:
-    """What each batch needs: the values of all its edits."""
+    """Map each batch to the values of all its edits, which it needs."""
     return {
         number: tuple((chain.values, case_id) for case_id in chain.batch(number))
         for number in range(chain.grouping.sequence)
@@ -153,7 +153,7 @@ def _values_of_batches(chain: Chain) -> dict[int, tuple[Key, ...]]:
 
 
 def _values_grid(chain: Chain, rows: int) -> Grid:
-    """Values, a shard a batch, each of which needs the batch before."""
+    """Make a shard of values for each batch; they need the batch before."""
     shards = tuple(chain.batch(number) for number in range(chain.grouping.sequence))
     needs: dict[int, tuple[Key, ...]] = {
         case_id: ((chain.batches, number),)

@@ -243,7 +243,8 @@ def at_hand(known: dict[str, str], what: str) -> Path:
     """
     store, sha256 = Store(known["file"]), known["sha256"]
     if store.is_local:
-        return Path(unchanged(known, what))
+        unchanged(known, what)
+        return Path(store.address(""))
     from rome.models.files import cache_folder  # Imports torch, which most readers do without.
 
     copy = cache_folder() / "copies" / f"{sha256}{Path(known['file']).suffix}"

@@ -152,6 +152,10 @@ def at(editor: str, edits: int | str) -> str:
     return f"{editor}@{edits}"
 
 
+AT = r"@(\d+)$"
+"""The end of such a name, and its edits."""
+
+
 def _judged(store: Store, rows: pl.LazyFrame) -> pl.LazyFrame:
     for name in store.list(JUDGES, ".parquet"):
         if "/" not in name.removeprefix(JUDGES):  # Else it holds replies.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from cluster.store import Store
 from cluster.told import tell
 from jobs.inputs.corpus import Corpus
 from jobs.runs.config import ModelConfig
-from jobs.runs.manifests import file_sha256
+from jobs.runs.manifests import at_hand, file_sha256
 from jobs.tasks.loading import load_model, one_device
 from rome.second_moment import (
     MomentOrigin,
@@ -152,7 +151,7 @@ def write(
 def _put(file: Store, moment: SecondMoment, origin: MomentOrigin) -> Solver:
     """Write the file of a second moment, of which a URI gets a copy."""
     if file.is_local:
-        return save(file.uri, moment, origin)
+        return save(file.address(""), moment, origin)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moment.safetensors"
         solver = save(path, moment, origin)
@@ -194,33 +193,16 @@ def given(config: ModelConfig, weight: Weight, folder: Store, fingerprint: str) 
     A worker's work, which holds the matrix. Also says whether the file told of which weights it is.
     Raises ValueError where it is of another weight, or of other weights, and UnsolvableError.
     """
-    name = str(config.second_moment.file).replace("{layer}", str(weight.layer))
-    if not Store(name).exists(""):
+    layer = weight.layer
+    name = str(config.second_moment.file).replace("{layer}", str(layer))
+    if not (store := Store(name)).exists(""):
         raise ValueError(
             f"{name}: no such file; model.second_moment.file must name a second moment of layer "
-            f"{weight.layer}, or be null to compute one from model.second_moment.corpus"
+            f"{layer}, or be null to compute one from model.second_moment.corpus"
         )
-    with _on_disk(name) as path:
-        return _given(name, path, config, weight, folder, fingerprint)
-
-
-@contextmanager
-def _on_disk(name: str) -> Iterator[Path]:
-    """A file by its path; of a URI a copy, while the block lasts."""
-    if (store := Store(name)).is_local:
-        yield Path(store.address(""))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / store.uri.rpartition("/")[2]
-        with path.open("wb") as opened:
-            opened.writelines(store.pieces(""))
-        yield path
-
-
-def _given(
-    name: str, path: Path, config: ModelConfig, weight: Weight, folder: Store, fingerprint: str
-) -> tuple[str, bool]:
-    layer = weight.layer
+    path = Path(store.address(""))
+    if not store.is_local:  # Into the cache, from where workers load it next.
+        path = at_hand({"file": name, "sha256": file_sha256(name)}, "second moment")
     if path.suffix != ".npz" and (found := load_factor(path)):
         factor_KK, _, origin = found
         _check(name, factor_KK, config, weight)
@@ -236,7 +218,7 @@ def _given(
             model_fingerprint=_NOT_RECORDED,
             layer=layer,
             weight=weight.name,
-            corpus=path.name,
+            corpus=Path(name).name,
             corpus_fingerprint=digest,
         )
         _put(imported, moment, origin)

@@ -81,7 +81,7 @@ class ValueEditor(Protocol):
         ...
 
     def with_values(self, target_ED: torch.Tensor, skipped: int) -> Self:
-        """The same editor for one batch whose values are known, of which NAS skips some."""
+        """Give the same editor for one batch whose values are known; `skipped` by NAS."""
         ...
 
 

@@ -88,7 +88,7 @@ class Spreading(ABC):
         return self._values(requests, self._contexts(requests))
 
     def with_values(self, target_ED: Tensor, skipped: int) -> Self:
-        """The same editor for one batch whose values `z` are known, of which NAS skips some."""
+        """Give the same editor for one batch whose values z are known; `skipped` by NAS."""
         other = copy.copy(self)
         wide = torch.promote_types(self.model.dtype, torch.float32)
         other._known = target_ED.to(self.model.device, wide), skipped

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def entropies_beside(device: torch.device) -> Entropies:
-    """What counts GE while a model works on `device`: this process, where that is the CPU."""
+    """Choose who counts GE while a model works on `device`: this process if that is the CPU."""
     return text_metrics.entropies if device.type == "cpu" else EntropyProcess()
 
 

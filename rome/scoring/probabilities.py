@@ -159,7 +159,7 @@ def _score(model: EditableModel, rows: Sequence[_Row], edits: Sequence[Edit]) ->
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is asked about records, in tokens: it needs no edit, and can be made before one."""
+    """The texts of some records in tokens. They need no edit, and so can be made before one."""
 
     asked: list[dict[str, _Asked]]
     """Column -> prompts and targets, of each record."""

@@ -156,7 +156,7 @@ def without_nltk() -> bool:
 
 @cache
 def entropies(device: torch.device) -> text_metrics.Entropies:
-    """What counts GE beside a device, as in a worker."""
+    """Choose who counts GE beside a device, as a worker does."""
     return text_metrics.entropies if without_nltk() else apart.entropies_beside(device)
 
 
