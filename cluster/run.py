@@ -26,7 +26,13 @@ from cluster.grid import Grid, Lease
 from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
+from cluster.nodes import (
+    lacking,
+    started_here,
+    without_room,
+    worker_options,
+    workers_that_fit,
+)
 from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
@@ -157,6 +163,8 @@ def run(
                     f"Each worker has {now.num_gpus:g} of the cluster's {gpus:g} GPUs "
                     "(workers.num_gpus)."
                 )
+            if waiting := without_room(now):
+                progress.note(waiting)
             actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
             crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name), store.uri)
             write, metrics = dead_rows(store, grid, work), Metrics(name)

@@ -37,6 +37,7 @@ from jobs.runs.config import RunConfig, SliceConfig
 from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.labels import folder
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
+from jobs.runs.parts import of_results
 from jobs.tasks import stored_edits
 from jobs.tasks.chains import HELD_OUT, remove_what_is_done_with
 from jobs.tasks.evaluation import Evaluation, group_of, held_out, model_facts
@@ -85,7 +86,7 @@ def _ended(chosen: Sequence[RunConfig], folders: Sequence[str]) -> int:
         outcomes[out] = _rows(config, out)
         if outcomes[out].stopped:
             break
-    if begun := [out for out, outcome in outcomes.items() if outcome.done]:
+    if begun := [out for out in outcomes if of_results(Store(out))]:
         show(reduce(begun))
         show_chains(begun)
     statuses = {out: cli.ended(outcome, "rows", "case") for out, outcome in outcomes.items()}
@@ -142,12 +143,19 @@ def _rows(config: RunConfig, out: str) -> Outcome:
         expect={"model_fingerprint": manifest["model_fingerprint"]},
         name=config.name,
         begins=begins,
-        so_far=lambda: tables.brief(reduce([store.uri], write=False)),
+        so_far=lambda: _so_far(store),
     )
     if not outcome.stopped:
         for chain in chains:
             remove_what_is_done_with(store, chain)
     return outcome
+
+
+def _so_far(store: Store) -> str:
+    """The table of what is done; a chain's edits come before its first scores."""
+    if not of_results(store):
+        return "no record is scored yet"
+    return tables.brief(reduce([store.uri], write=False))
 
 
 def _groups(config: RunConfig, benchmark: str, grid: Grid) -> tuple[list[str], list[Chain]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +30,7 @@ from cluster.here import drive_here
 from cluster.progress import Progress
 from cluster.queue import LeaseTable
 from cluster.store import Store
+from jobs.cli import STOPPED
 from jobs.compare import compare, read
 from jobs.evaluate import evaluate
 from jobs.export import export
@@ -38,7 +42,7 @@ from jobs.runs import config as configs
 from jobs.runs import growth
 from jobs.runs.chains import Chain, chains_of, groups_of, with_chains
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import collect, hive_values
+from jobs.runs.parts import collect, hive_values, of_results
 from jobs.status import status
 from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, EvaluationTask, group_of
@@ -57,7 +61,7 @@ from rome.models import EditableModel
 from rome.options import ConfigError
 from rome.scoring import drift
 from tests.support import tiny
-from tests.support.commands import invoke
+from tests.support.commands import invoke, program
 from tests.support.computations import scores
 from tests.support.oracle import edited
 from tests.support.tiny import TEMPLATES
@@ -346,6 +350,22 @@ def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Pa
     table = drive(retry=True, work=evaluation)
     assert not table.dead
     assert rows_of(tmp_path / "run").filter(pl.col("edits") > 0)["status"].to_list() == ["ok"] * 8
+
+
+def test_a_run_that_stops_before_its_first_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
+    run_config(tmp_path, checkpoints=[3, 6], value={"steps": 8, "stop_below": 0})
+    environment = os.environ | {"ROME_WORKSPACE": str(tmp_path)}
+    results = Store(tmp_path / "runs" / "chains" / "results")
+    with program("jobs.evaluate", str(tmp_path / "run.yaml"), environment) as process:
+        while not results.list("batches/", ".parquet"):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, said
+    assert "the same line resumes: " in said
+    assert "error" not in said
+    assert not of_results(Store(tmp_path / "runs" / "chains"))
 
 
 def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:

@@ -351,21 +351,26 @@ folder, num_gpus = Path(sys.argv[1]), eval(sys.argv[2])
 store = Store(folder / "results")
 outcome = run(
     store, GROUPS[:1], GRID, FakeWork(folder / "log"),
-    RunSettings(num_gpus=num_gpus), {"fingerprint": "f00", "cuda": sys.argv[3]}, gpu_rows=20,
+    RunSettings(num_gpus=num_gpus, workers=eval(sys.argv[4])),
+    {"fingerprint": "f00", "cuda": sys.argv[3]}, gpu_rows=20,
 )
 assert outcome.done == outcome.total == len(GRID), outcome
 print(len(store.list(f"{GROUPS[0]}/part-")))
 """
 
 
-@pytest.mark.parametrize(("num_gpus", "sees", "parts"), [("None", "0", 5), ("0", "", 10)])
+@pytest.mark.parametrize(
+    ("num_gpus", "sees", "parts", "workers"),
+    [("None", "0", 5, "'auto'"), ("0", "", 10, "'auto'"), ("1", "0", 10, "3")],
+)
 def test_workers_take_a_gpu_where_the_cluster_has_some(
-    tmp_path: Path, num_gpus: str, sees: str, parts: int
+    tmp_path: Path, num_gpus: str, sees: str, parts: int, workers: str
 ) -> None:
     """And longer leases then: 22 and 15 records are 5 of up to 8, which is four for a worker and
-    a multiple of 4, instead of 10 of up to 4."""
+    a multiple of 4, instead of 10 of up to 4. Whoever asks for more workers than have room reads
+    how many those are."""
     done = subprocess.run(
-        [sys.executable, "-c", ON_A_GPU, str(tmp_path), num_gpus, sees],
+        [sys.executable, "-c", ON_A_GPU, str(tmp_path), num_gpus, sees, workers],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
@@ -373,6 +378,8 @@ def test_workers_take_a_gpu_where_the_cluster_has_some(
     assert done.stdout == f"{parts}\n", done.stderr
     each = "1" if sees else "0"
     assert f"Each worker has {each} of the cluster's 1 GPUs (workers.num_gpus)." in done.stderr
+    lacks = "There is room for 1 of 3 workers, each with workers.num_cpus=1 and workers.num_gpus=1"
+    assert (lacks in done.stderr) == (workers == "3"), done.stderr
 
 
 @pytest.mark.parametrize("needs", [{"num_gpus": 1.0}, {"num_cpus": 64.0}])

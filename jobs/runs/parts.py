@@ -52,6 +52,12 @@ def hive_values(path: str, keys: Sequence[str] = EVALUATED) -> dict[str, str]:
     return values
 
 
+def of_results(store: Store) -> list[str]:
+    """The parts of a run whose rows are results: of scored records, and not of a chain's edits."""
+    others = f"{PARTS}{BATCHES}", f"{PARTS}{VALUES}"
+    return [name for name in store.list(PARTS, ".parquet") if not name.startswith(others)]
+
+
 def collect(
     store: Store,
     of: Callable[[pl.LazyFrame], pl.DataFrame],
@@ -66,12 +72,12 @@ def collect(
     Raises ValueError if there is no part, or naming one that is not whole, of something else, or
     that has a column of another type.
     """
-    others = f"{PARTS}{BATCHES}", f"{PARTS}{VALUES}"
-    parts = [name for name in store.list(PARTS, ".parquet") if not name.startswith(others)]
+    parts = of_results(store)
     if not parts:
         raise ValueError(
-            f"{store.uri} has no results yet: no part in {PARTS}. "
-            "Begin the run, or wait for its first part, and run the same command again."
+            f"{store.uri} has no results yet: no part in {PARTS} is of records that were scored. "
+            "Begin the run, or wait for its first part (with chains, for their first checkpoint), "
+            "and run the same command again."
         )
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda part: _check(store, part, schema, origin or Origin()), parts))

@@ -34,9 +34,11 @@ from tests.support.two_gpus import costs_like
 
 # Relative, of float32: an H200 stayed within 2e-5 of a CPU. A mistake is of the order of one.
 ROUNDING = 1e-3
-# Adam on weights divides each element of a gradient by its own size, so that an element that is
-# only rounding becomes a step: 1.8e-3 was seen on an H200.
-ADAM_ROUNDING = 1e-2
+# Adam on weights divides each element of a gradient by its own size, UltraEdit each input by its
+# deviation, so that an element that is only rounding becomes a step: 1.8e-3 and 1.0e-3 were seen on
+# an H200.
+DIVIDED_ROUNDING = 1e-2
+DIVIDING = ("edit ft", "edit attnedit", "edit lora", "ultraedit")
 
 
 def tasks(device: str) -> list[Task]:
@@ -81,8 +83,7 @@ def _agrees(device: str, family: str, name: str, report: Report) -> None:
     with ways_of_cuda(device):
         found = asked.compute(moved(asked.make(family, "float32"), device))
     apart = distance(found, expected)
-    adam = name.startswith(("edit ft", "edit attnedit", "edit lora"))
-    allowed = ADAM_ROUNDING if adam else ROUNDING
+    allowed = DIVIDED_ROUNDING if any(editor in name for editor in DIVIDING) else ROUNDING
     report.check(f"{family}, {name}, on {device}", apart <= allowed, f"{apart:.1e} from the CPU")
 
 
