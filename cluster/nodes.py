@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -52,26 +51,6 @@ def lacking(settings: RunSettings) -> str | None:
         f"a worker takes workers.num_cpus={settings.num_cpus:g} and "
         f"workers.num_gpus={settings.num_gpus or 0:g}, but of {len(nodes)} nodes none has both: "
         f"the most are {cpus:g} CPUs and {gpus:g} GPUs"
-    )
-
-
-def without_room(settings: RunSettings) -> str | None:
-    """How many of the workers that are asked for no node has room for, in words; None if none."""
-    if settings.workers == "auto":
-        return None
-    # Of memory Ray knows nothing: it bounds "auto" alone.
-    fit = workers_that_fit(replace(settings, memory_gib=0))
-    if fit >= settings.workers:
-        return None
-    then = (
-        "no other node joins a Ray that a command starts for itself: to have them all, ask for less"
-        if started_here()
-        else "the others wait for a node"
-    )
-    return (
-        f"There is room for {fit} of {settings.workers} workers, each with "
-        f"workers.num_cpus={settings.num_cpus:g} and workers.num_gpus={settings.num_gpus or 0:g}; "
-        f"{then}."
     )
 
 

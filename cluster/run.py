@@ -29,7 +29,6 @@ from cluster.metrics import Metrics
 from cluster.nodes import (
     lacking,
     started_here,
-    without_room,
     worker_options,
     workers_that_fit,
 )
@@ -163,8 +162,7 @@ def run(
                     f"Each worker has {now.num_gpus:g} of the cluster's {gpus:g} GPUs "
                     "(workers.num_gpus)."
                 )
-            if waiting := without_room(now):
-                progress.note(waiting)
+            _say_room(now, progress)
             actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
             crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name), store.uri)
             write, metrics = dead_rows(store, grid, work), Metrics(name)
@@ -172,6 +170,24 @@ def run(
             return driver.drive(stop, lock)
 
     return finish(store, groups, grid, settings, drive)
+
+
+def _say_room(settings: RunSettings, progress: Progress) -> None:
+    """Say it if the cluster has room for fewer workers than are asked for."""
+    # Ray knows nothing of their memory, which bounds "auto" alone.
+    fit, asked = workers_that_fit(replace(settings, memory_gib=0)), settings.workers
+    if asked == "auto" or asked <= fit:
+        return
+    others = "the others wait for a node"
+    if started_here():
+        others = (
+            "no other node joins a Ray that a command starts for itself, so the others never come"
+        )
+    progress.note(
+        f"There is room for {fit} of {asked} workers, each with "
+        f"workers.num_cpus={settings.num_cpus:g} and workers.num_gpus={settings.num_gpus or 0:g}; "
+        f"{others}."
+    )
 
 
 def dead_rows(store: Store, grid: Grid, work: Work) -> Callable[[Lease, str], object]:

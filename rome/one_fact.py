@@ -58,7 +58,7 @@ def edit(
         with warnings.catch_warnings(record=True) as caught:
             made = library.edit(loaded, request, editor, second_moment, **settings)
         for warning in caught:
-            typer.echo(f"note: {warning.message}", err=True)
+            _note(f"note: {warning.message}")
         _show(loaded, made, say)
         if out:
             edit_files.save(out, made, loaded, editor)
@@ -73,7 +73,8 @@ def show(file: Path, model: str, dtype: str | None, say: Sequence[str], export: 
             raise ValueError(f"{file}: no such file; give one that `edit --out` wrote")
         loaded = _load(_config(model, dtype))
         made, origin = edit_files.load(file, loaded)
-        typer.echo(f"{made.request.text} {made.request.target} ({origin.editor}, {origin.model})")
+        fact = f"{made.request.text} {made.request.target}"
+        typer.echo(_seen(f"{fact} ({origin.editor}, {origin.model})"))
         _show(loaded, made, say)
         _export(loaded, made, export)
 
@@ -84,8 +85,23 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        _note(f"error: {error}")
         raise typer.Exit(1) from None
+
+
+def _note(text: str) -> None:
+    typer.echo(_seen(text), err=True)
+
+
+def _seen(text: str) -> str:
+    """The text with what a terminal obeys instead of showing it spelled out, such as the escape
+    sequences that a model may say."""
+    return "".join(
+        letter
+        if letter.isprintable() or letter in "\n\t"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def _config(source: str, dtype: str | None) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def _held(model: EditableModel, editor: str, settings: dict[str, Any]) -> str | 
     layers = EDITORS[editor].second_moments(EDITORS[editor].settings(**settings))
     files = second_moments.held(workspace() / "second_moments", model, layers) if layers else None
     if files:
-        typer.echo(f"note: C is that of {files}", err=True)
+        _note(f"note: C is that of {files}")
     return files
 
 
@@ -132,14 +148,16 @@ def _show(model: EditableModel, edit: Edit, texts: Sequence[str]) -> None:
     scores = probabilities.score(model, asked, both, budget)
     text, target, separator = fact
     questions = [greedy.Question(e, text, (target,), separator) for e in range(2)]
-    table = Table("", "before", "after")
-    table.add_row(f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores))
-    table.add_row(f"{request.text} ...", *greedy.say(model, questions, both, budget))
+    rows = [[f"P({request.target})", *(f"{exp(-score.nll):.4f}" for score in scores)]]
+    rows.append([f"{request.text} ...", *greedy.say(model, questions, both, budget)])
     prompts = [request.text, *texts]
     said = zip(prompts, *(library.generate(model, prompts, one) for one in both), strict=True)
     for prompt, *continued in said:
         ends = (" ".join(text.removeprefix(prompt).split()) for text in continued)
-        table.add_row(f"{prompt} ... (sampled)", *ends)
+        rows.append([f"{prompt} ... (sampled)", *ends])
+    table = Table("", "before", "after")
+    for row in rows:
+        table.add_row(*map(_seen, row))
     Console(markup=False, emoji=False).print(table)
 
 

@@ -83,6 +83,8 @@ def validate(kind: type, data: Any, where: str) -> Any:
             path = [str(part) for part in problem["loc"]]
             if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 text = unknown("key", path[-1], _keys(kind, path[:-1]))
+            elif problem["type"] == "value_error":  # Ours, which says what it got.
+                text = str(problem["ctx"]["error"])
             else:
                 text = f"{problem['msg']}, got {problem.get('input')!r}"
             named = where + ("." if where and path and not where.endswith((".", " ")) else "")

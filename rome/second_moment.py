@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rome import files
+from rome import files, headers
 from rome.json_text import JsonError, parsed
 from rome.models import EditableModel, memory, prompts
 from rome.models.hooks import hooked
@@ -179,6 +179,7 @@ def save(path: str | os.PathLike[str], moment: SecondMoment, origin: MomentOrigi
     tensors = {"factor": factor_KK, "count": torch.tensor(moment.count)}
     with files.replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
+        headers.sort_metadata(temporary)
     return solver
 
 

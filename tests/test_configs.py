@@ -259,6 +259,7 @@ def test_set_model_changes_the_model_before_its_keys(run_file: Path) -> None:
         ("editors.x={editor: roma}", "editors.x: unknown editor 'roma'; did you mean 'rome'?"),
         ("model.editors.rme={}", "model.editors: unknown editor 'rme'; did you mean 'rome'?"),
         ("model.editors.rome.layr=1", "model.editors.rome.layr: unknown key 'layr'; did you mean"),
+        ("model.name=..", "model: name must be that of a folder, got '..'"),
         ("model=gpt2-xxl", "unknown model 'gpt2-xxl'; did you mean 'gpt2-xl'?"),
         ("records.limit=many", "records.limit: Input should be a valid integer"),
         ("records.limit.x=1", "records.limit: Input should be a valid integer, got {'x': 1}"),

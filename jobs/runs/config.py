@@ -65,6 +65,10 @@ class ModelConfig:
     editors: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Hyperparameters of editors for this model."""
 
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", ".."):  # Runs and second moments have folders of this name.
+            raise ValueError(f"name must be that of a folder, got {self.name!r}")
+
 
 @configurable(kw_only=True, limit=1, case_id_below=1)
 class SliceConfig:

@@ -18,13 +18,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rome import files
+from rome import files, headers
 from rome.data.records import Request
 from rome.edits.deltas import Delta, DenseDelta, Edit, LowRankDelta
 from rome.edits.sequences import ChainState
@@ -108,18 +107,7 @@ def _dumps(edits: Sequence[Edit], origin: EditOrigin, more: Mapping[str, Tensor]
         request, health = asdict(edit.request), dict(edit.health)
         described.append({"request": request, "health": health, "deltas": chosen})
     metadata = {"origin": json.dumps(asdict(origin)), "edits": json.dumps(described)}
-    return _in_order(safetensors.torch.save(tensors, metadata))
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in another order each time,
-    and the same edits are to be the same bytes."""
-    header = _header(data)
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNED)
-    length = int.from_bytes(data[:_ALIGNED], "little")
-    return b"".join((len(text).to_bytes(_ALIGNED, "little"), text, data[_ALIGNED + length :]))
+    return headers.in_order(safetensors.torch.save(tensors, metadata))
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -139,7 +127,7 @@ def loads(
 
     try:
         tensors = safetensors.torch.load(data)
-        metadata = _header(data)["__metadata__"]
+        metadata = headers.header(data)["__metadata__"]
         origin = EditOrigin(**parsed(metadata["origin"]))
         described = options.validate(list[_Described], parsed(metadata["edits"]), "edits: ")
         deltas = {
@@ -197,15 +185,3 @@ def _check_shape(name: str, delta: Delta, model: EditableModel, where: str) -> N
         raise ValueError(
             f"{where} changes '{name}' by [D, K] = {changed}, but in {model.name} it is {expected}"
         )
-
-
-_ALIGNED = 8
-"""Bytes of the number before the header of a safetensors file, and the unit of the header's own."""
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """The JSON header of a safetensors file, whose library reads `__metadata__` from paths only:
-    the first bytes say how long it is."""
-    length = int.from_bytes(data[:_ALIGNED], "little")
-    header: dict[str, Any] = parsed(data[_ALIGNED : _ALIGNED + length])
-    return header
