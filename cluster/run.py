@@ -26,12 +26,7 @@ from cluster.grid import Grid, Lease
 from cluster.here import drive_here
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import (
-    lacking,
-    started_here,
-    worker_options,
-    workers_that_fit,
-)
+from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
 from cluster.progress import LOG_SECONDS, Progress
 from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
@@ -162,7 +157,7 @@ def run(
                     f"Each worker has {now.num_gpus:g} of the cluster's {gpus:g} GPUs "
                     "(workers.num_gpus)."
                 )
-            _say_room(now, progress)
+            _say_room(now, table.pending, progress)
             actor = ray.remote(Worker).options(max_restarts=0, **worker_options(now))
             crew = RayCrew(now, lambda: actor.remote(work, store, grid, now, name), store.uri)
             write, metrics = dead_rows(store, grid, work), Metrics(name)
@@ -172,11 +167,14 @@ def run(
     return finish(store, groups, grid, settings, drive)
 
 
-def _say_room(settings: RunSettings, progress: Progress) -> None:
-    """Say it if the cluster has room for fewer workers than are asked for."""
+def _say_room(settings: RunSettings, leases: int, progress: Progress) -> None:
+    """Say it if the cluster has room for some of the workers that are asked for, but not for all,
+    and leases for more."""
+    if settings.workers == "auto":
+        return
     # Ray knows nothing of their memory, which bounds "auto" alone.
     fit, asked = workers_that_fit(replace(settings, memory_gib=0)), settings.workers
-    if asked == "auto" or asked <= fit:
+    if not 0 < fit < min(asked, leases):
         return
     others = "the others wait for a node"
     if started_here():

@@ -16,6 +16,7 @@ import json
 from dataclasses import replace
 from urllib.parse import quote
 
+import typer
 from pydantic import PositiveInt
 
 from cluster.grid import Grid
@@ -53,7 +54,8 @@ def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[
     `outline`: of the model, and `fingerprint`: of its weights. What is not there is computed, in
     one pass over the corpus for all layers; an interrupted pass goes on where it was. Raises
     UnsolvableError where the corpus has too few tokens, ValueError where the corpus or a given file
-    cannot be used, RunError and LockedError as `cluster.run.run`.
+    cannot be used, RunError and LockedError as `cluster.run.run`,
+    and typer.Exit with the exit status of a run that was stopped.
     """
     editors = [config.editor(name) for name in config.editors]
     layers = sorted(
@@ -120,7 +122,7 @@ def _compute(
     say(f"second moment of {name}, layers {list(layers)}: {corpus.chunks} chunks")
     outcome = run(parts, [GROUP], grid, Moments(config.model, layers, corpus, grid), settings)
     if outcome.stopped:
-        raise RunError(f"stopped: {outcome.done} of {outcome.total} chunks; run it again to go on")
+        raise typer.Exit(cli.ended(outcome, "chunks", "chunk"))
     if outcome.dead:
         _, chunk, error = outcome.dead[0]
         raise RunError(

@@ -27,7 +27,7 @@ from jobs.output import figures
 from jobs.reduce import reduce
 from jobs.runs import config as configs
 from jobs.runs.config import RunConfig
-from jobs.runs.parts import SWEEP, write_table
+from jobs.runs.parts import SWEEP, of_results, write_table
 from rome import models, options
 from rome.editors.contexts import Position
 from rome.options import ConfigError
@@ -124,6 +124,8 @@ def main(
         )
         out = out or str(inside(workspace() / "runs", run_config.name))
         status = evaluate(run_config, out)
+        if status == cli.STOPPED and not of_results(Store(out)):
+            raise typer.Exit(status)
         frame = table(out, run_config)
         # Where neither file says it, it is no choice of anybody.
         layer = options.merged(given.model.editors.get(_ROME, {}), given.editors[_ROME]).get(

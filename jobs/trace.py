@@ -30,7 +30,7 @@ from jobs.output import figures
 from jobs.runs import manifests
 from jobs.runs.config_files import filled
 from jobs.runs.manifests import MANIFEST
-from jobs.runs.parts import collect, hive_path, write_table
+from jobs.runs.parts import collect, hive_path, of_results, write_table
 from jobs.tasks.loading import load_model
 from jobs.tasks.tracing import TRACE_SCHEMA, TraceConfig, Tracing
 from rome import options, tracing
@@ -163,6 +163,11 @@ def reduce(out: str, rome_layer: int | None = None) -> None:
     figures.save(store, drawn)
 
 
+def _knows_any(store: Store) -> bool:
+    """True if a fact that the model knows was traced."""
+    return bool(of_results(store)) and not read_effects(store).is_empty()
+
+
 def draw_fact(out: str, known_id: int) -> None:
     """The heat maps of one fact, as in Figure 1. Raises ValueError where it was not traced."""
     store = Store(out)
@@ -184,6 +189,8 @@ def main(
         chosen = options.validate(TraceConfig, filled(config, overrides or []), f"{config}: ")
         out = out or str(inside(workspace() / "traces", chosen.name))
         status = run_traces(chosen, out)
+        if status == cli.STOPPED and not _knows_any(Store(out)):
+            raise typer.Exit(status)
         reduce(out, chosen.model.editors.get("rome", {}).get("layer"))
         for known_id in fact or []:
             draw_fact(out, known_id)

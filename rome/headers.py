@@ -23,15 +23,17 @@ def header(data: bytes) -> dict[str, Any]:
 
 
 def in_order(data: bytes) -> bytes:
-    """A file, or its beginning, with the metadata sorted."""
+    """A file that has metadata, or its beginning, with these sorted."""
     found, end = header(data), _end(data)
     found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
     text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > end - _NUMBER:
+        raise ValueError(f"a header of {end - _NUMBER} bytes must not grow, got {len(text)}")
     return b"".join((data[:_NUMBER], text.ljust(end - _NUMBER), data[end:]))
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort those of a file that may be larger than the memory, where it lies."""
+    """Sort the metadata of a file in place: it may be larger than the memory."""
     with path.open("r+b") as file:
         number = file.read(_NUMBER)
         sorted_ = in_order(number + file.read(_end(number) - _NUMBER))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from math import exp
 from pathlib import Path
 from typing import Any
+from unicodedata import bidirectional, category
 
 import torch
 import typer
@@ -27,6 +28,8 @@ from rome.scoring import greedy, probabilities
 from rome.scoring.generation import UNEDITED
 
 _CONFIGS = CONFIGS / "models"
+
+_TURNS = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 
 Export = tuple[str, Path] | None
 """`peft` and a folder."""
@@ -94,12 +97,12 @@ def _note(text: str) -> None:
 
 
 def _seen(text: str) -> str:
-    """The text with what a terminal obeys instead of showing it spelled out, such as the escape
-    sequences that a model may say."""
+    """The text with what a terminal obeys spelled out, such as escape sequences that a model says:
+    control characters, but for tabs and line ends, and what sets the direction of writing."""
     return "".join(
-        letter
-        if letter.isprintable() or letter in "\n\t"
-        else letter.encode("unicode_escape").decode()
+        letter.encode("unicode_escape").decode()
+        if (category(letter) == "Cc" and letter not in "\n\t") or bidirectional(letter) in _TURNS
+        else letter
         for letter in text
     )
 

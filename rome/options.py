@@ -83,12 +83,15 @@ def validate(kind: type, data: Any, where: str) -> Any:
             path = [str(part) for part in problem["loc"]]
             if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 text = unknown("key", path[-1], _keys(kind, path[:-1]))
-            elif problem["type"] == "value_error":  # Ours, which says what it got.
+            elif problem["type"] == "missing":  # Its input is all that is there.
+                text = "it must be given"
+            elif problem["type"] == "value_error":  # Ours says all of it.
                 text = str(problem["ctx"]["error"])
             else:
                 text = f"{problem['msg']}, got {problem.get('input')!r}"
             named = where + ("." if where and path and not where.endswith((".", " ")) else "")
-            lines.append(f"{named}{'.'.join(path)}: {text}")
+            key = f"{named}{'.'.join(path)}".rstrip(".: ")  # A class's own check has no path.
+            lines.append(f"{key}: {text}")
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -7,7 +7,6 @@ import io
 import os
 import signal
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +24,7 @@ import yaml
 from polars.testing import assert_frame_equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.grid import Grid
+from cluster.grid import Grid, Lease
 from cluster.here import drive_here
 from cluster.progress import Progress
 from cluster.queue import LeaseTable
@@ -61,7 +60,7 @@ from rome.models import EditableModel
 from rome.options import ConfigError
 from rome.scoring import drift
 from tests.support import tiny
-from tests.support.commands import invoke, program
+from tests.support.commands import invoke
 from tests.support.computations import scores
 from tests.support.oracle import edited
 from tests.support.tiny import TEMPLATES
@@ -352,20 +351,26 @@ def test_an_edit_that_cannot_be_made_ends_its_chain_where_it_stands(tmp_path: Pa
     assert rows_of(tmp_path / "run").filter(pl.col("edits") > 0)["status"].to_list() == ["ok"] * 8
 
 
-def test_a_run_that_stops_before_its_first_checkpoint_says_how_to_go_on(tmp_path: Path) -> None:
-    run_config(tmp_path, checkpoints=[3, 6], value={"steps": 8, "stop_below": 0})
-    environment = os.environ | {"ROME_WORKSPACE": str(tmp_path)}
-    results = Store(tmp_path / "runs" / "chains" / "results")
-    with program("jobs.evaluate", str(tmp_path / "run.yaml"), environment) as process:
-        while not results.list("batches/", ".parquet"):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == STOPPED, said
-    assert "the same line resumes: " in said
+def test_a_run_that_stops_before_its_first_checkpoint_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(tmp_path, checkpoints=[3, 6])
+    run = EvaluationTask.run
+
+    def stopped_after_this(task: EvaluationTask, lease: Lease) -> pa.Table:
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(task, lease)
+
+    out = Store(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(EvaluationTask, "run", stopped_after_this)
+        assert evaluate(config, out.uri) == STOPPED
+    said = capsys.readouterr().err
+    assert "stopped: 3 of 21 rows are done; the same line resumes: " in said
     assert "error" not in said
-    assert not of_results(Store(tmp_path / "runs" / "chains"))
+    assert out.list("results/batches/", ".parquet")
+    assert not of_results(out)
+    assert evaluate(config, out.uri) == 0
 
 
 def test_a_checkpoint_is_a_row_of_every_table(tmp_path: Path) -> None:

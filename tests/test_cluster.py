@@ -361,7 +361,7 @@ print(len(store.list(f"{GROUPS[0]}/part-")))
 
 @pytest.mark.parametrize(
     ("num_gpus", "sees", "parts", "workers"),
-    [("None", "0", 5, "'auto'"), ("0", "", 10, "'auto'"), ("1", "0", 10, "3")],
+    [("None", "0", 5, "'auto'"), ("0", "", 10, "'auto'"), ("1", "0", 10, "3"), ("1", "0", 5, "1")],
 )
 def test_workers_take_a_gpu_where_the_cluster_has_some(
     tmp_path: Path, num_gpus: str, sees: str, parts: int, workers: str

@@ -15,8 +15,9 @@ from cluster.store import Store
 from jobs.inputs.sources import benchmarks
 from jobs.runs import config as configs
 from jobs.runs import differences, manifests
-from jobs.runs.config import RunConfig
+from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.fits import refuse_what_does_not_fit
+from rome import options
 from rome.editors import EDITORS
 from rome.editors.rome import RomeSettings
 from rome.options import ConfigError
@@ -259,7 +260,7 @@ def test_set_model_changes_the_model_before_its_keys(run_file: Path) -> None:
         ("editors.x={editor: roma}", "editors.x: unknown editor 'roma'; did you mean 'rome'?"),
         ("model.editors.rme={}", "model.editors: unknown editor 'rme'; did you mean 'rome'?"),
         ("model.editors.rome.layr=1", "model.editors.rome.layr: unknown key 'layr'; did you mean"),
-        ("model.name=..", "model: name must be that of a folder, got '..'"),
+        ("model.name=..", "model: name must not be empty, '.' or '..', got '..'"),
         ("model=gpt2-xxl", "unknown model 'gpt2-xxl'; did you mean 'gpt2-xl'?"),
         ("records.limit=many", "records.limit: Input should be a valid integer"),
         ("records.limit.x=1", "records.limit: Input should be a valid integer, got {'x': 1}"),
@@ -269,6 +270,11 @@ def test_set_model_changes_the_model_before_its_keys(run_file: Path) -> None:
         ),
         ("editors.rome.value.steps=soon", "editors.rome.value.steps: Input should be a valid int"),
         ("editors.rome.keys=some", "keys: Input should be 'mixed', 'mean' or 'prompt', got 'some'"),
+        ("lease_records=0", "run.yaml: lease_records must be from 1 to 1e+06, got 0"),
+        (
+            "editors.rome={sequence: 2, checkpoints: [2], scored: after}",
+            "editors.rome: scored must be 'end' with checkpoints, which say when to score",
+        ),
         ("name.x=1", "--set name.x: 'name' is 'test' and has no keys"),
         ("lease_records", "--set takes key=value, got 'lease_records'"),
         ("editors={}", "editors must name at least one editor"),
@@ -279,6 +285,12 @@ def test_a_wrong_key_names_itself_and_the_right_one(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         configs.load(run_file, [override])
+
+
+def test_a_key_that_lacks_is_named_without_all_the_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        options.validate(ModelConfig, {"name": "x", "source": "secret"}, "x.yaml: ")
+    assert str(caught.value) == "x.yaml: dtype: it must be given"
 
 
 def test_all_that_is_wrong_is_said_at_once(write: Any) -> None:

@@ -137,9 +137,9 @@ def test_the_command_shows_before_and_after_and_leaves_files(saved: Path) -> Non
     assert re.search(r"P\(Paris\)", result.stdout)
     assert "The capital of" in result.stdout
 
-    shown = invoke("show", out, "--model", saved, "--say", "\x1b[2JRome")
+    shown = invoke("show", out, "--model", saved, "--say", "\x1b[2JRome\xa0\u200c\u202e")
     assert shown.exit_code == 0, shown.output
-    assert "\\x1b[2JRome" in shown.stdout
+    assert "\\x1b[2JRome\xa0\u200c\\u202e" in shown.stdout
     assert "\x1b" not in shown.output
     assert shown.stdout.startswith("Žižek was born in Paris (rome, ")
     assert [float(p) for p in re.findall(r"0\.\d{4}", shown.stdout)[:2]] == [before, after]

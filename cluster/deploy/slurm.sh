@@ -54,7 +54,8 @@ if [[ $stopping ]]; then # The signal ended that wait, not the driver.
     status=0
     wait "$driver" || status=$?
 fi
-if [[ $again && $status -eq 130 ]]; then
+# 130: it was stopped; 143: the signal came while it still looked at the model.
+if [[ $again && ($status -eq 130 || $status -eq 143) ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

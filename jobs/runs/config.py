@@ -67,7 +67,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name in ("", ".", ".."):  # Runs and second moments have folders of this name.
-            raise ValueError(f"name must be that of a folder, got {self.name!r}")
+            raise ValueError(
+                f"name must not be empty, '.' or '..', got {self.name!r}; give another name"
+            )
 
 
 @configurable(kw_only=True, limit=1, case_id_below=1)

@@ -75,7 +75,7 @@ def collect(
     parts = of_results(store)
     if not parts:
         raise ValueError(
-            f"{store.uri} has no results yet: no part in {PARTS} is of records that were scored. "
+            f"{store.uri} has no results yet: no part in {PARTS} is of results. "
             "Begin the run, or wait for its first part (with chains, for their first checkpoint), "
             "and run the same command again."
         )

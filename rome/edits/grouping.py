@@ -51,7 +51,9 @@ class Grouping:
                 f"of them edits_per_model x sequence ({self.size}), got {[*marks]}"
             )
         if marks and self.scored == "after":
-            raise ValueError("scored must be 'end' with checkpoints, which say when to score")
+            raise ValueError(
+                "scored must be 'end' with checkpoints, which say when to score, got 'after'"
+            )
         if not marks and self.orders > 1:
             raise ValueError(f"orders must be 1 without checkpoints, got {self.orders}")
 
