@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import run
+from cluster.here import drive_here
 from jobs.cli import STOPPED
 from tests.support import tiny
 from tests.support.commands import command
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workers": {"workers": 0},
     }
     rows = {"benchmark": str(folder / "records"), "templates": {"texts": ["{}"]}}
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "run": {**rows, "editors": {"none": {}, "rome": {}}},
         "unedited": {**rows, "editors": {"none": {}}},
         "trace": {"facts": str(folder / "facts.json")},
@@ -53,13 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as soon as a run begins."""
-    drive = run.drive_here
 
     def stop_and_drive(*args: Any) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
-        return drive(*args)
+        return drive_here(*args)
 
-    monkeypatch.setattr(run, "drive_here", stop_and_drive)
+    monkeypatch.setattr("cluster.run.drive_here", stop_and_drive)
 
 
 @pytest.mark.usefixtures("stopped")
