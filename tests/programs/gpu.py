@@ -24,8 +24,8 @@ from tests.programs.gpu_report import Report, Task
 
 # A part, and the share of the time by which it ends; what it has not done by then is left out.
 PARTS: dict[str, tuple[Callable[[str], list[Task]], float]] = {
-    "correctness": (gpu_correctness.tasks, 0.3),
-    "speed": (gpu_speed.tasks, 0.75),
+    "correctness": (gpu_correctness.tasks, 0.4),
+    "speed": (gpu_speed.tasks, 0.8),
     "profile": (gpu_profile.tasks, 1.0),
 }
 
@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add: Callable[..., Any] = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: every part at toy size")
     add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
-    add("--seconds", type=float, default=270, help="in all; what is not done by then is said")
+    add("--seconds", type=float, default=400, help="in all; what is not done by then is said")
     add("--out", type=Path, default=Path("gpu.json"), help="JSON of all that the table says")
     options = parser.parse_args(arguments)
     if not options.parts or not set(options.parts) <= PARTS.keys():
