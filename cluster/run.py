@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import sys
-import threading
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication import authentication_token_setup
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from cluster.clock import REAL, Clock
 from cluster.crew import RayCrew
 from cluster.driver import Driver, RunError
 from cluster.grid import Grid, Lease
 from cluster.here import drive_here
+from cluster.joining import joined, number_of_workers
 from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
-from cluster.nodes import lacking, started_here, worker_options, workers_that_fit
-from cluster.progress import LOG_SECONDS, Progress
+from cluster.nodes import started_here, worker_options, workers_that_fit
+from cluster.progress import Progress
 from cluster.queue import LeaseTable
 from cluster.settings import RunSettings
+from cluster.signals import stop_signals
 from cluster.store import Store
-from cluster.words import deliberate, printable, redacted
+from cluster.words import note
 from cluster.worker import Work, Worker, write_part
 
-__all__ = [
-    "FAILURES",
-    "LockedError",
-    "Outcome",
-    "RunError",
-    "RunSettings",
-    "ensure_ray",
-    "once",
-    "run",
-    "stream",
-]
-
 FAILURES = (LockedError, RunError, RayError)
-"""The errors that `run`, `once` and `stream` raise beside ValueError and OSError."""
-
-
-class FaultError(RuntimeError):
-    """A worker's function failed by a fault of this project; the message is its traceback."""
+"""The errors that `run` raises beside ValueError and OSError, as do `once` and `stream`."""
 
 
 @dataclass(frozen=True)
@@ -68,49 +45,6 @@ class Outcome:
     stopped: bool
     """Ended by a signal before everything was done."""
     seconds: float
-
-
-def ensure_ray(settings: RunSettings) -> None:
-    """Join the cluster that RAY_ADDRESS names (as in a Ray job), else start Ray on this machine.
-
-    Never joins by itself some other cluster that happens to run here.
-    """
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if settings.logs == "json":
-        quiet["logging_config"] = ray.LoggingConfig(encoding="JSON")
-    # Nothing of size passes through the object store. Workers' errors come back as values.
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # As on Windows and macOS: at 127.0.0.1, where Ray listens alone, and not at the address by
-        # which others reach this machine.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        quiet["_node_ip_address"] = "127.0.0.1"
-        # Ray says at length that only this user gets in, which is as it should be.
-        authentication_token_setup.logger.addFilter(
-            lambda record: not record.getMessage().startswith("Token authentication is enabled")
-        )
-        ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **quiet)
-
-
-def joined(settings: RunSettings) -> RunSettings:
-    """Join the cluster as `ensure_ray` does; the settings with what the cluster decides.
-
-    Raises ValueError where Ray was started here and this machine cannot hold a worker.
-    """
-    ensure_ray(settings)
-    if settings.num_gpus is None:
-        settings = replace(settings, num_gpus=int(ray.cluster_resources().get("GPU", 0) >= 1))
-    if started_here() and (lack := lacking(settings)):
-        raise ValueError(
-            f"{lack}, and no other node joins a Ray that a command starts for itself. Set "
-            "workers.num_gpus=0 to work on CPUs and workers.num_cpus to what there is; or join a "
-            "cluster that has more (RAY_ADDRESS)"
-        )
-    return settings
 
 
 def run(
@@ -149,7 +83,7 @@ def run(
         shown = Progress(table.total, len(table.done), json_of, left, so_far)
         if now.workers and now.num_gpus and gpu_rows:
             table.queue(_rows_on_gpus(table, grid, now, gpu_rows))
-        with _stop_signals() as stop, shown as progress:
+        with stop_signals() as stop, shown as progress:
             if now.workers == 0:
                 return drive_here(table, grid, store, work, expect, stop, progress)
             if gpus := ray.cluster_resources().get("GPU", 0):
@@ -210,7 +144,7 @@ def finish(
     with RunLock(store, clock=clock) as lock:
         table = LeaseTable(store, groups, grid, settings.max_attempts, settings.retry_dead, clock)
         for part in table.set_aside:
-            _note(f"note: a damaged part is now {store.uri}/{part}; its rows are done again")
+            note(f"note: a damaged part is now {store.uri}/{part}; its rows are done again")
         stopped = False
         if not table.finished:
             stopped = drive(table, lock)
@@ -225,10 +159,6 @@ def finish(
         )
 
 
-def _note(text: str) -> None:
-    print(printable(redacted(text)), file=sys.stderr)
-
-
 def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: int) -> int:
     """Rows of a lease, so few that each worker gets four of them, in multiples of the grid's.
 
@@ -236,115 +166,3 @@ def _rows_on_gpus(table: LeaseTable, grid: Grid, settings: RunSettings, most: in
     """
     each = table.total // (4 * number_of_workers(settings))
     return max(grid.rows, min(most, each // grid.rows * grid.rows))
-
-
-def number_of_workers(settings: RunSettings) -> int:
-    """The workers that a run has now: those asked for, or those that fit; at least one, which
-    stands for this process if there are to be none."""
-    if settings.workers != "auto":
-        return max(settings.workers, 1)
-    return max(workers_that_fit(joined(settings)), 1)
-
-
-def once(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Any:
-    """Call a function in a worker of these settings and return its answer.
-
-    Raises the error that it raises if that is meant for the user (see `words.deliberate`), and
-    FaultError in place of others, and RayError where the worker dies; without workers it is called
-    here, and raises what it raises.
-    """
-    if settings.workers == 0:
-        return function(*args)
-    settings = joined(settings)
-    ref = ray.remote(_called).options(**worker_options(settings)).remote(function, *args)
-    _await(ref, settings)
-    return _answer(ref)
-
-
-def _await(first: Any, settings: RunSettings) -> None:
-    """Wait for a task's first value, and say every ten seconds if no node has room for it."""
-    while not ray.wait([first], timeout=LOG_SECONDS, fetch_local=False)[0]:
-        if lack := lacking(settings):
-            _note(f"waiting for a node to join: {lack}")
-
-
-def _called(function: Callable[..., Any], *args: Any) -> Any:
-    with _told_apart():
-        return function(*args)
-
-
-def _generated(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
-    with _told_apart():
-        yield from function(*args)
-
-
-@contextmanager
-def _told_apart() -> Iterator[None]:
-    """Errors meant for the user from those that are not, in a worker: on the way to the driver they
-    lose where they were raised."""
-    try:
-        yield
-    except Exception as error:
-        if deliberate(error):
-            raise
-        text = "".join(traceback.format_exception(error))
-        raise FaultError(f"in a worker:\n{printable(redacted(text))}") from None
-
-
-def _answer(ref: ray.ObjectRef[Any]) -> Any:
-    """Get a task's answer, or raise what ended it, without Ray's traceback."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None
-        raise
-
-
-def stream(function: Callable[..., Any], *args: Any, settings: RunSettings) -> Iterator[Any]:
-    """Run a generator function in a worker of these settings and yield its values as they come.
-
-    Ends early after SIGINT or SIGTERM. Raises as `once` does.
-    """
-    if settings.workers != 0:
-        settings = joined(settings)
-    with _stop_signals() as stop:
-        for value in _values(function, args, settings):
-            yield value
-            if stop.is_set():
-                return
-
-
-def _values(
-    function: Callable[..., Any], args: Sequence[Any], settings: RunSettings
-) -> Iterator[Any]:
-    if settings.workers == 0:
-        return iter(function(*args))
-    # A retry would yield again from its own start, which Ray takes for what it has seen.
-    options = {"num_returns": "streaming", "max_retries": 0, **worker_options(settings)}
-    values = ray.remote(_generated).options(**options).remote(function, *args)
-    _await(values, settings)
-    return map(_answer, values)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second raises KeyboardInterrupt."""
-    stop = threading.Event()
-
-    def on_signal(_signal: int, _frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

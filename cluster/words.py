@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from types import FrameType
 from typing import Any
@@ -42,6 +43,11 @@ def redacted(text: str) -> str:
         if _SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, "***")
     return _without_credentials(text)
+
+
+def note(text: str) -> None:
+    """Tell the user something on stderr."""
+    print(printable(redacted(text)), file=sys.stderr)
 
 
 def has_credentials(uri: str) -> bool:

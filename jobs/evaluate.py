@@ -20,9 +20,10 @@ from urllib.parse import quote
 import pyarrow as pa
 import typer
 
+from cluster.calls import once
 from cluster.grid import Grid
 from cluster.progress import clock
-from cluster.run import FAILURES, Outcome, once, run
+from cluster.run import FAILURES, Outcome, run
 from cluster.store import Store
 from jobs import cli, second_moment
 from jobs.cli import say

@@ -19,9 +19,13 @@ from urllib.parse import quote
 import typer
 from pydantic import PositiveInt
 
+from cluster.calls import once
+from cluster.driver import RunError
 from cluster.grid import Grid
+from cluster.joining import number_of_workers
 from cluster.origin import Origin
-from cluster.run import FAILURES, RunError, RunSettings, number_of_workers, once, run
+from cluster.run import FAILURES, run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say

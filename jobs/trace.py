@@ -20,8 +20,9 @@ from typing import Any
 import polars as pl
 import typer
 
+from cluster.calls import once
 from cluster.grid import Grid
-from cluster.run import FAILURES, once, run
+from cluster.run import FAILURES, run
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say

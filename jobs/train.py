@@ -19,9 +19,10 @@ from typing import Any
 
 import typer
 
+from cluster.calls import stream
 from cluster.lock import RunLock
 from cluster.progress import LOG_SECONDS
-from cluster.run import FAILURES, stream
+from cluster.run import FAILURES
 from cluster.store import Store
 from jobs import cli
 from jobs.cli import say

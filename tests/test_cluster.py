@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 import ray
 
+from cluster.calls import once, stream
+from cluster.driver import RunError
 from cluster.grid import Lease
+from cluster.joining import number_of_workers
 from cluster.lock import LOCK_NAME, LockedError, RunLock
 from cluster.nodes import workers_that_fit
 from cluster.progress import Progress, Rate
-from cluster.run import RunError, RunSettings, number_of_workers, once, run, stream
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.worker import Worker
 from tests.support.commands import program
@@ -340,7 +344,8 @@ ON_A_GPU = """
 import sys
 from pathlib import Path
 import ray
-from cluster.run import RunSettings, run
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from tests.support.fake_task import GRID, GROUPS, FakeWork
 
@@ -403,7 +408,8 @@ ON_A_CLUSTER = """
 import os, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from cluster.run import RunSettings, once
+from cluster.calls import once
+from cluster.settings import RunSettings
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 os.environ["RAY_ADDRESS"] = cluster.address
 def seven():

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.run import RunError, RunSettings, once, run, stream
+from cluster.calls import once, stream
+from cluster.driver import RunError
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from jobs.runs.config import ModelConfig
 from jobs.tasks.loading import load_model

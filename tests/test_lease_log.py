@@ -15,7 +15,8 @@ from cluster.driver import RunError
 from cluster.grid import Lease
 from cluster.lease_log import LOGS, kept_log, log_of
 from cluster.lock import RunLock
-from cluster.run import RunSettings, run
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store, StoreError
 from cluster.worker import time_limit
 from jobs.runs import manifests

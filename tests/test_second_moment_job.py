@@ -14,8 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from cluster.calls import once
 from cluster.grid import Lease
-from cluster.run import once
 from cluster.store import Store
 from jobs import second_moment
 from jobs.inputs import corpus as corpora

@@ -22,8 +22,8 @@ from typing import Any
 import polars as pl
 import yaml
 
+from cluster.driver import RunError
 from cluster.lock import LockedError
-from cluster.run import RunError
 from cluster.store import Store
 from jobs import evaluate as evaluate_job
 from jobs.inputs.record_stores import prepare

@@ -17,9 +17,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.driver import RunError
 from cluster.grid import Grid, Lease
 from cluster.lock import LockedError
-from cluster.run import RunError, RunSettings, run
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store
 
 GROUP = "editor=fake"

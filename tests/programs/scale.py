@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import ray
 
 from cluster.grid import Grid, Lease
-from cluster.run import RunSettings, run
+from cluster.run import run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from rome.data.results import OK, RESULT_SCHEMA
 from tests.programs import boots, long_chains, matrices, readers, thousand, trainings

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.grid import Grid, Lease
-from cluster.run import Outcome, RunSettings, run
+from cluster.run import Outcome, run
+from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.told import tell
 

@@ -36,7 +36,8 @@ from cluster.lock import LockedError, RunLock
 from cluster.metrics import Metrics
 from cluster.progress import Progress
 from cluster.queue import NODE_LOSSES, LeaseTable, read_parts
-from cluster.run import Outcome, RunSettings, dead_rows, finish
+from cluster.run import Outcome, dead_rows, finish
+from cluster.settings import RunSettings
 from cluster.store import Store
 from cluster.worker import Booted, Report, Worker
 from jobs.runs import manifests
