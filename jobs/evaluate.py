@@ -39,8 +39,8 @@ from jobs.runs.fits import refuse_what_does_not_fit
 from jobs.runs.labels import folder
 from jobs.runs.manifests import MANIFEST, file_sha256, unchanged
 from jobs.runs.parts import of_results
-from jobs.tasks import stored_edits
-from jobs.tasks.chains import HELD_OUT, remove_what_is_done_with
+from jobs.tasks import states, stored_edits
+from jobs.tasks.chains import HELD_OUT
 from jobs.tasks.evaluation import Evaluation, group_of, held_out, model_facts
 from jobs.tasks.training import trained
 from rome import models
@@ -148,7 +148,7 @@ def _rows(config: RunConfig, out: str) -> Outcome:
     )
     if not outcome.stopped:
         for chain in chains:
-            remove_what_is_done_with(store, chain)
+            states.remove_what_is_done_with(store, chain)
     return outcome
 
 

@@ -18,7 +18,7 @@ from jobs.cli import say
 from jobs.runs import manifests
 from jobs.runs.config import RunConfig
 from jobs.runs.parts import BATCHES, hive_path
-from jobs.tasks.chains import state_of
+from jobs.tasks import states
 from jobs.tasks.evaluation import group_of
 from jobs.tasks.loading import load_model
 from rome import options
@@ -59,17 +59,14 @@ def export(run_dir: str, row: str, out: Path, order: int = 0, chain: int = 0) ->
 
 def _state_of(store: Store, path: str, edits: int) -> tuple[str, bytes]:
     """The file of a chain's state after so many edits, and its content."""
-    results = store.sub("results")
-    columns = ("edits", "file", "sha256")
-    for part in results.list(f"{BATCHES}{path}/part-", ".parquet"):
-        for batch in results.read_table(part, columns).to_pylist():
-            if batch["edits"] == edits and batch["file"] is not None:
-                if (data := state_of(store, batch)) is not None:
-                    return batch["file"], data
-                raise ValueError(
-                    f"{store.uri}/{batch['file']} is gone or damaged. Move results/{part} there "
-                    "away: the line that began the run computes both again"
-                )
+    for part, batch in states.batches(store, f"{BATCHES}{path}"):
+        if batch["edits"] == edits and batch["file"] is not None:
+            if (data := states.content(store, batch)) is not None:
+                return batch["file"], data
+            raise ValueError(
+                f"{store.uri}/{batch['file']} is gone or damaged. Move {part} there away: the line "
+                "that began the run computes both again"
+            )
     raise ValueError(
         f"{store.uri} has not made {edits} edits of {path} yet: run jobs.evaluate to its end, or "
         "give an --order and a --chain that it has"

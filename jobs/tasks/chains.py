@@ -1,9 +1,8 @@
 """What a worker does with the leases of a chain: a batch of edits, and the weights at a checkpoint.
 
-`RUN_DIR/chains/<hive path>/edits-....safetensors` holds the change of all edits so far and what the
-editor carries on. It is committed before the part of its batch, which names it and its sha256, so
-that a late writer changes nothing that others go on with. A state that is gone is computed again
-from the last one before it.
+A state (`jobs.tasks.states`) is committed before the part of its batch, which names it and its
+sha256, so that a late writer changes nothing that others go on with. One that is gone is computed
+again from the last before it.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
-
-import pyarrow as pa
 
 from cluster.grid import Lease
 from cluster.store import Store, StoreError
 from cluster.told import tell
 from cluster.words import printable, redacted
 from jobs.runs.chains import Chain
-from jobs.tasks import values
+from jobs.tasks import states, values
 from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
 from rome.edits import files as edit_files
@@ -35,33 +32,6 @@ from rome.scoring import drift
 
 HELD_OUT = "chains/held_out.parquet"
 """The texts, as token ids, on which drift is measured."""
-
-BATCH_SCHEMA = pa.schema(
-    [
-        pa.field("run", pa.string(), nullable=False),
-        # The number of the batch in its chain, from 0.
-        pa.field("case_id", pa.int64(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("attempts", pa.int32(), nullable=False),
-        # In the model after this batch.
-        pa.field("edits", pa.int32()),
-        pa.field("records", pa.list_(pa.int64())),
-        # The state of the chain after this batch, and its sha256; None inside a lease.
-        pa.field("file", pa.string()),
-        pa.field("sha256", pa.string()),
-        # Frobenius norms of the edited weights, and of what all edits so far changed.
-        pa.field("weights", pa.list_(pa.string())),
-        pa.field("weight_norms", pa.list_(pa.float64())),
-        pa.field("change_norms", pa.list_(pa.float64())),
-        # At a checkpoint, see rome.scoring.drift.
-        pa.field("perplexity", pa.float64()),
-        pa.field("perplexity_unedited", pa.float64()),
-        pa.field("agreement", pa.float64()),
-        pa.field("seconds_edit", pa.float64()),
-        pa.field("worker", pa.string()),
-    ]
-)
 
 _NAMED = 5
 """Records of a batch that an error names."""
@@ -199,19 +169,11 @@ class Chains:
             return rows
         data = self._dumped(chain, state)
         digest = hashlib.sha256(data).hexdigest()
-        rows[-1] |= {"file": _name(chain, state.edits, digest), "sha256": digest}
+        rows[-1] |= {"file": states.name_of(chain, state.edits, digest), "sha256": digest}
         self._run.write_bytes(rows[-1]["file"], data)
         self._last = chain.path, rows[-1]["case_id"] + 1, state
-        self._remove(chain, before=rows[0]["edits"] - len(rows[0]["records"]))
+        states.remove_before(self._run, chain, rows[0]["edits"] - len(rows[0]["records"]))
         return rows
-
-    def _remove(self, chain: Chain, before: int) -> None:
-        """Remove the states of less than `before` edits, but for those of checkpoints."""
-        kept = {f"{edits:07d}" for edits in chain.grouping.checkpoints}
-        for name in self._run.list(f"chains/{chain.path}/edits-", ".safetensors"):
-            edits = name.rpartition("/")[2].split("-")[1]
-            if int(edits) < before and edits not in kept:
-                _delete(self._run, name)
 
     def _state(self, chain: Chain, batches: int) -> ChainState:
         """The chain after so many batches."""
@@ -256,7 +218,7 @@ class Chains:
         Raises StoreError while the last of these cannot be seen, since it was committed.
         """
         rows: dict[int, dict[str, Any]] = {}
-        for row in _batch_rows(self._run, chain):
+        for _, row in states.batches(self._run, chain.batches):
             if row["status"] == OK or row["case_id"] not in rows:
                 rows[row["case_id"]] = row
         if batches and batches - 1 not in rows:
@@ -268,53 +230,11 @@ class Chains:
 
     def _read(self, row: Mapping[str, Any]) -> ChainState | None:
         """The state that a row names; None where it is gone, or is not what it was."""
-        if (data := state_of(self._run, row)) is None:
+        if (data := states.content(self._run, row)) is None:
             log.warning("%s/%s is gone or damaged: computed again", self._run.uri, row["file"])
             return None
         where = f"{self._run.uri}/{row['file']}"
         return edit_files.loads_chain(data, self._model, self._fingerprint, where)[0]
-
-
-def state_of(run: Store, row: Mapping[str, Any]) -> bytes | None:
-    """The content of the state that a batch's row names; None if it is gone, or not what it was."""
-    with suppress(FileNotFoundError):
-        data = run.read_bytes(row["file"])
-        if hashlib.sha256(data).hexdigest() == row["sha256"]:
-            return data
-    return None
-
-
-def remove_what_is_done_with(run: Store, chain: Chain) -> None:
-    """Of a chain that no worker works on, keep the states of checkpoints that a batch names, and
-    the last one, from which a chain that ended before its time is tried again."""
-    named = {
-        row["file"]: row["edits"]
-        for row in _batch_rows(run, chain)
-        if row["status"] == OK and row["file"] is not None
-    }
-    wanted = {*chain.grouping.checkpoints, max(named.values(), default=0)}
-    folder = f"chains/{chain.path}"
-    for name in run.list(f"{folder}/", ".safetensors"):
-        if named.get(name) not in wanted:
-            _delete(run, name)
-    run.sub(folder).sweep()
-
-
-def _delete(run: Store, name: str) -> None:
-    with suppress(FileNotFoundError):  # Another one did.
-        run.delete(name)
-
-
-def _batch_rows(run: Store, chain: Chain) -> Iterator[dict[str, Any]]:
-    """The rows of a chain's batches, part by part."""
-    results = run.sub("results")
-    columns = ("case_id", "status", "error", "edits", "file", "sha256")
-    for name in results.list(f"{chain.batches}/part-", ".parquet"):
-        yield from results.read_table(name, columns).to_pylist()
-
-
-def _name(chain: Chain, edits: int, digest: str) -> str:
-    return f"chains/{chain.path}/edits-{edits:07d}-{digest[:16]}.safetensors"
 
 
 def _cases(batch: Sequence[Record]) -> str:

@@ -26,8 +26,9 @@ from jobs.runs.config import ModelConfig, RunConfig
 from jobs.runs.manifests import at_hand
 from jobs.runs.parts import hive_path, hive_values
 from jobs.tasks import stored_edits
-from jobs.tasks.chains import BATCH_SCHEMA, Chains
+from jobs.tasks.chains import Chains
 from jobs.tasks.loading import load_model, token_budget
+from jobs.tasks.states import BATCH_SCHEMA
 from jobs.tasks.stored_edits import StoredEdits
 from jobs.tasks.values import VALUE_SCHEMA
 from rome import second_moment
