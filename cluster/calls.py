@@ -15,7 +15,7 @@ from cluster.nodes import lacking, worker_options
 from cluster.progress import LOG_SECONDS
 from cluster.settings import RunSettings
 from cluster.signals import stop_signals
-from cluster.words import deliberate, note, printable, redacted
+from cluster.words import deliberate, note, shown
 
 
 class FaultError(RuntimeError):
@@ -64,7 +64,7 @@ def _told_apart() -> Iterator[None]:
         if deliberate(error):
             raise
         text = "".join(traceback.format_exception(error))
-        raise FaultError(f"in a worker:\n{printable(redacted(text))}") from None
+        raise FaultError(f"in a worker:\n{shown(text)}") from None
 
 
 def _answer(ref: ray.ObjectRef[Any]) -> Any:

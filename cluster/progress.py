@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import rich.progress
 
-from cluster.words import PlainConsole, printable, redacted
+from cluster.words import PlainConsole, shown
 
 LOG_SECONDS = 10.0
 _LINES = 16
@@ -148,7 +148,7 @@ class Progress:
 
     def note(self, text: str, **fields: Any) -> None:
         """Say something once; `fields` are of the JSON object."""
-        text = printable(redacted(text))
+        text = shown(text)
         if self._json_of is not None:
             log.info(text, extra={"run": self._json_of, **fields})
         elif self._bar is not None:

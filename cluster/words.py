@@ -45,9 +45,14 @@ def redacted(text: str) -> str:
     return _without_credentials(text)
 
 
+def shown(text: str) -> str:
+    """The text as anybody may see it: `printable` and `redacted`."""
+    return printable(redacted(text))
+
+
 def note(text: str) -> None:
     """Tell the user something on stderr."""
-    print(printable(redacted(text)), file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 def has_credentials(uri: str) -> bool:
@@ -68,7 +73,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(redacted(text)), **options)
+        return super().render_str(shown(text), **options)
 
 
 def deliberate(error: BaseException) -> bool:

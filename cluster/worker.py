@@ -23,7 +23,7 @@ from cluster.lease_log import kept_log
 from cluster.lock import LOCK_NAME
 from cluster.settings import RunSettings
 from cluster.store import DamagedError, Store, StoreError, retry
-from cluster.words import printable, redacted
+from cluster.words import shown
 
 COMMIT_SECONDS = 5.0
 """A worker tries again for so long before it gives a lease back that it cannot commit."""
@@ -102,7 +102,7 @@ def describe_error(error: BaseException) -> str:
     text = " ".join("".join(traceback.format_exception_only(error)).split())
     if frames := traceback.extract_tb(error.__traceback__):
         text += f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
-    return printable(redacted(text))
+    return shown(text)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import RenderableType
 
-from cluster.words import PlainConsole, deliberate, printable, redacted
+from cluster.words import PlainConsole, deliberate, shown
 from rome.paths import local
 
 if TYPE_CHECKING:  # Ray is slow, and `jobs.status` and others do without it.
@@ -49,7 +49,7 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """Print a line or a page of a job's output to stdout."""
-    typer.echo(printable(redacted(text)))
+    typer.echo(shown(text))
 
 
 def shell(command: str, *arguments: str) -> str:

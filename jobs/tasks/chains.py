@@ -17,7 +17,7 @@ from typing import Any
 from cluster.grid import Lease
 from cluster.store import Store, StoreError
 from cluster.told import tell
-from cluster.words import printable, redacted
+from cluster.words import shown
 from jobs.runs.chains import Chain
 from jobs.tasks import states, values
 from rome.data.records import Record, RecordError
@@ -247,7 +247,7 @@ def _cases(batch: Sequence[Record]) -> str:
 def _ended(chain: Chain, left: range, error: RecordError) -> list[dict[str, Any]]:
     """The rows of the batches that cannot be made any more."""
     log.warning("batch %d of %s cannot be done", left.start, chain.path, exc_info=error)
-    text = printable(redacted(str(error)))
+    text = shown(str(error))
     return [{"case_id": i, "status": ERROR, "error": text, "records": chain.batch(i)} for i in left]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.store import DamagedError, Store, StoreError
-from cluster.words import printable, redacted
+from cluster.words import shown
 from jobs.runs.chains import Chain
 from rome.data.records import Record, RecordError
 from rome.data.results import ERROR, OK
@@ -54,7 +54,7 @@ def found(records: Iterable[Record], values: Iterable[Value]) -> list[dict[str, 
 
 def failed(records: Iterable[Record], error: RecordError) -> list[dict[str, Any]]:
     """A row for each record that has no value."""
-    text = printable(redacted(str(error)))
+    text = shown(str(error))
     return [{"case_id": record.case_id, "status": ERROR, "error": text} for record in records]
 
 
