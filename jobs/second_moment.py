@@ -58,8 +58,8 @@ def ensure(config: RunConfig, outline: EditableModel, fingerprint: str) -> dict[
     `outline`: of the model, and `fingerprint`: of its weights. What is not there is computed, in
     one pass over the corpus for all layers; an interrupted pass goes on where it was. Raises
     UnsolvableError where the corpus has too few tokens, ValueError where the corpus or a given file
-    cannot be used, RunError and LockedError as `cluster.run.run`,
-    and typer.Exit with the exit status of a run that was stopped.
+    cannot be used, RunError and LockedError as `cluster.run.run`, and typer.Exit with the exit
+    status of a run that was stopped.
     """
     editors = [config.editor(name) for name in config.editors]
     layers = sorted(

@@ -16,7 +16,7 @@ _NUMBER = 8
 def header(data: bytes) -> dict[str, Any]:
     """The JSON header of a file that begins so; the library reads `__metadata__` from paths only.
 
-    Raises JsonError where it is none.
+    Raises JsonError if it is none.
     """
     found: dict[str, Any] = parsed(data[_NUMBER : _end(data)])
     return found
@@ -36,9 +36,9 @@ def sort_metadata(path: Path) -> None:
     """Sort the metadata of a file in place: it may be larger than the memory."""
     with path.open("r+b") as file:
         number = file.read(_NUMBER)
-        sorted_ = in_order(number + file.read(_end(number) - _NUMBER))
+        begin = in_order(number + file.read(_end(number) - _NUMBER))
         file.seek(0)
-        file.write(sorted_)
+        file.write(begin)
 
 
 def _end(data: bytes) -> int:

@@ -97,8 +97,8 @@ def _note(text: str) -> None:
 
 
 def _seen(text: str) -> str:
-    """The text with what a terminal obeys spelled out, such as escape sequences that a model says:
-    control characters, but for tabs and line ends, and what sets the direction of writing."""
+    """Spell out what a terminal obeys, such as escape sequences that a model says: control
+    characters except tabs and line ends, and what sets the direction of writing."""
     return "".join(
         letter.encode("unicode_escape").decode()
         if (category(letter) == "Cc" and letter not in "\n\t") or bidirectional(letter) in _TURNS

@@ -26,8 +26,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parts of `none`, `rome` and `ft+l`, over everyday facts of several relations."""
     folder = tmp_path_factory.mktemp("analysis")
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     record_stores.prepare("everyday", str(folder / "everyday"), limit=12)
     (folder / "run.yaml").write_text(
         f"""

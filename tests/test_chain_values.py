@@ -42,8 +42,7 @@ def run(folder: Path, name: str, *overrides: str, **grouping: Any) -> int:
     """Six everyday facts by each editor, in leases of two."""
     model = tiny.model("gpt2")
     if not (folder / "model").exists():
-        model.hf.save_pretrained(folder / "model")
-        model.tokenizer.save_pretrained(folder / "model")
+        tiny.save(model, folder / "model")
         prepare("everyday", str(folder / "records"), limit=6, shard_rows=4)
     config = {
         "name": "values",

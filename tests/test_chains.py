@@ -74,8 +74,7 @@ def run_config(folder: Path, *overrides: str, **row: Any) -> RunConfig:
     """A chain of ROME, one edit after another, on six everyday facts in shards of four."""
     model = tiny.model("gpt2")
     if not (folder / "model").exists():
-        model.hf.save_pretrained(folder / "model")
-        model.tokenizer.save_pretrained(folder / "model")
+        tiny.save(model, folder / "model")
         prepare("everyday", str(folder / "records"), limit=RECORDS, shard_rows=4)
     path = folder / "run.yaml"
     chain = CHAIN | ({"sequence": 6, "checkpoints": [2, 6]} | row)

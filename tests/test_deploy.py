@@ -360,8 +360,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     Slurm's commands are stood in for: `srun` runs its command here, `scontrol` keeps a record.
     """
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     run = {
         "name": "tiny",
         "model": {"name": "tiny", "source": str(tmp_path / "model"), "dtype": "float32"},

@@ -141,8 +141,7 @@ def run_config(folder: Path, *overrides: str) -> RunConfig:
     """ROME, fine-tuning and a sequence of ROME on five everyday facts, two a lease."""
     model = tiny.model("gpt2")
     if not (folder / "model").exists():
-        model.hf.save_pretrained(folder / "model")
-        model.tokenizer.save_pretrained(folder / "model")
+        tiny.save(model, folder / "model")
         record_stores.prepare("everyday", str(folder / "everyday"), limit=5, shard_rows=4)
     path = folder / "run.yaml"
     path.write_text(

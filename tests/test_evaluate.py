@@ -29,8 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a tiny GPT-2 in float64, its run file, and a store of twelve records."""
     folder = tmp_path_factory.mktemp("workspace")
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     config = {
         "name": "tiny",
         "model": {
@@ -266,8 +265,7 @@ def two_models(workspace: Path, tmp_path: Path) -> str:
     """What says that a run is of the tiny GPT-2 and of a tiny Llama."""
     there = yaml.safe_load((workspace / "tiny.yaml").read_text())["model"]
     llama = tiny.model("llama")
-    llama.hf.save_pretrained(tmp_path / "llama")
-    llama.tokenizer.save_pretrained(tmp_path / "llama")
+    tiny.save(llama, tmp_path / "llama")
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(there))
     other = there | {"name": "tiny/llama", "source": str(tmp_path / "llama")}
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(other))

@@ -206,10 +206,9 @@ def test_yaml_ends_at_a_bound() -> None:
 _LISTENING = """
 import sys
 import psutil, ray
-from cluster.calls import once
+from cluster.calls import FaultError, once
 from cluster.joining import ensure_ray
 from cluster.settings import RunSettings
-from cluster.calls import FaultError
 from rome.settings import within
 ensure_ray(RunSettings())
 settings = RunSettings(num_cpus=0.5)

@@ -88,8 +88,7 @@ def test_a_worker_whose_torch_sees_none_of_its_gpus_refuses_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
+    tiny.save(model, tmp_path)
     config = ModelConfig(name="tiny", source=str(tmp_path), dtype="float64")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=0.*workers.num_gpus=0"):

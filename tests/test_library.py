@@ -115,8 +115,7 @@ def test_a_second_moment_matters_and_may_be_one_file_a_layer(tmp_path: Path) -> 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     model = tiny.model("llama", "float32")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     return tmp_path / "model"
 
 

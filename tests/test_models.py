@@ -42,8 +42,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_a_folder_loads_in_the_dtype_that_is_asked_for(family: str, tmp_path: Path) -> None:
     model = tiny.model(family, "bfloat16", "bos")
-    model.hf.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
+    tiny.save(model, tmp_path)
     for dtype in models.DTYPES:
         loaded = models.load(str(tmp_path), dtype)
         assert {p.dtype for p in loaded.hf.parameters()} == {models.DTYPES[dtype]}
@@ -58,8 +57,7 @@ def test_a_machine_copies_a_checkpoint_once_whole_or_not_at_all(
 ) -> None:
     monkeypatch.setenv("ROME_CACHE", str(tmp_path / "cache"))
     model, share = tiny.model("gpt2", "float32"), tmp_path / "share"
-    model.hf.save_pretrained(share)
-    model.tokenizer.save_pretrained(share)
+    tiny.save(model, share)
     (share / "pytorch_model.bin").write_bytes(b"not wanted")
     copy, copied = files._copy, []
 
@@ -215,8 +213,7 @@ def test_the_packaged_model_splits_digits_and_knows_its_start() -> None:
 
 def test_weights_are_mapped_from_the_file_and_private_to_the_process(tmp_path: Path) -> None:
     made = tiny.model("llama", "float32")
-    made.hf.save_pretrained(tmp_path)
-    made.tokenizer.save_pretrained(tmp_path)
+    tiny.save(made, tmp_path)
     before = made.fingerprint()
     loaded = models.load(str(tmp_path), "float32")
     # Pages of a mapped file are shared by all processes of a node that map it.
@@ -263,8 +260,7 @@ def test_a_head_that_changes_logits_is_refused(setting: str, value: float) -> No
 
 def test_loading_leaves_the_precision_of_this_process_alone(tmp_path: Path) -> None:
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
+    tiny.save(model, tmp_path)
     before = torch.get_float32_matmul_precision()
     try:
         for dtype, chosen in (("tf32", "highest"), ("float32", "high")):

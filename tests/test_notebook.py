@@ -31,8 +31,7 @@ def run(cell: dict[str, Any], names: dict[str, Any]) -> Any:
 def names(tmp_path: Path) -> dict[str, Any]:
     """What the cell with the tag `parameters` says, of a tiny model."""
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     assert command("prepare", "everyday", "--limit", 6, "--out", tmp_path / "records")[0] == 0
     (tmp_path / "run.yaml").write_text(
         f"""

@@ -20,8 +20,7 @@ def test_records_are_edited_in_a_pipeline_and_results_read(
     tmp_path: Path, ray_address: str
 ) -> None:
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     assert command("prepare", "everyday", "--limit", 6, "--out", tmp_path / "records")[0] == 0
     blocks = "\n".join(re.findall(r"```python\n(.*?)```", DOC, re.DOTALL))
     for name, value in (("MODEL", "model"), ("RECORDS", "records")):

@@ -151,8 +151,7 @@ def test_records_results_table_and_status_are_all_there(
 ) -> None:
     root = f"s3://{s3_server.BUCKET}/whole"
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     config = {
         "name": "tiny",
         "model": {

@@ -45,8 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A model, the passages, and a cut into small chunks, so that there are several."""
     folder = tmp_path_factory.mktemp("job")
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     (folder / "passages.txt").write_text("\n\n".join(PASSAGES), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jobs.inputs.corpus._CHUNK_TOKENS", 600)

@@ -262,8 +262,7 @@ def test_a_group_is_refused_if_it_contradicts_itself(
 def run_file(folder: Path, **row: Any) -> Path:
     """A run of ROME on a tiny GPT-2 over the records, two of them a lease, in shards of three."""
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     store = Store(folder / "records")
     for i in range(2):
         store.write_table(f"shard-{i:05d}.parquet", to_table(RECORDS[3 * i : 3 * i + 3]))

@@ -185,8 +185,7 @@ def test_each_request_is_an_example_to_train_on(tmp_path: Path) -> None:
 
 def test_a_chain_with_checkpoints_takes_no_record_of_several_requests(tmp_path: Path) -> None:
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(tmp_path / "model")
-    model.tokenizer.save_pretrained(tmp_path / "model")
+    tiny.save(model, tmp_path / "model")
     (tmp_path / "m.json").write_text(json.dumps([ROW]))
     prepare(str(tmp_path / "m.json"), str(tmp_path / "records"))
     chain = {"sequence": 1, "checkpoints": [1], "layer": 0, "steps": 1}

@@ -24,8 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, records, facts; a run that needs a second moment, one that does not, and a trace."""
     folder = tmp_path_factory.mktemp("stops")
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     (folder / "facts.json").write_text(json.dumps([asdict(fact) for fact in FACTS]))
     assert command("prepare", "everyday", "--limit", 3, "--out", folder / "records")[0] == 0
     config: dict[str, Any] = {

@@ -64,8 +64,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 in float64, its run file, and a store of six records."""
     folder = tmp_path_factory.mktemp("sweep")
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     config = {
         "name": "tiny",
         "model": {

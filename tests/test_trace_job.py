@@ -11,6 +11,7 @@ import yaml
 
 from rome import tracing
 from rome.analysis.effects import ROLES
+from tests.support import tiny
 from tests.support.commands import command
 from tests.support.computations import FACTS, TRACING, taught
 
@@ -20,8 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its facts, of which it does not know one, and the config of a trace."""
     folder = tmp_path_factory.mktemp("trace")
     model = taught("gpt2")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     facts = [asdict(fact) for fact in (*FACTS[:2], replace(FACTS[2], attribute="Rome"))]
     (folder / "facts.json").write_text(json.dumps(facts))
     config = {

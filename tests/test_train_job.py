@@ -29,8 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with a tiny GPT-2, a store of forty records, and a training of each kind."""
     folder = tmp_path_factory.mktemp("workspace")
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(folder / "model")
-    model.tokenizer.save_pretrained(folder / "model")
+    tiny.save(model, folder / "model")
     # Many, since a tiny model often samples half a character, and such a passage is left out.
     passages = [" ".join(three) for three in itertools.product(tiny.SENTENCES, repeat=3)]
     (folder / "passages.txt").write_text("\n".join(passages), encoding="utf-8")

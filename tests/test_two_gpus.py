@@ -80,7 +80,6 @@ def test_the_two_devices_refuse_what_gpus_refuse() -> None:
 
 def test_a_model_that_gpus_do_not_hold_is_refused(tmp_path: Path) -> None:
     model = tiny.model("gpt2", "float32")
-    model.hf.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
+    tiny.save(model, tmp_path)
     with pytest.raises(ValueError, match="must fit into the GPUs"):
         models.load(str(tmp_path), "float32", "auto")

@@ -113,8 +113,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config of a tiny GPT-2, which is beside it."""
     folder = tmp_path_factory.mktemp("model")
     small = tiny.model("gpt2", "float32")
-    small.hf.save_pretrained(folder)
-    small.tokenizer.save_pretrained(folder)
+    tiny.save(small, folder)
     config = {
         "name": "tiny",
         "source": str(folder),

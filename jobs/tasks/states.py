@@ -70,7 +70,7 @@ def batches(run: Store, group: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def remove_before(run: Store, chain: Chain, before: int) -> None:
-    """Remove the states of less than `before` edits, but for those of checkpoints."""
+    """Remove the states of fewer than `before` edits, except those of checkpoints."""
     kept = {f"{edits:07d}" for edits in chain.grouping.checkpoints}
     for name in run.list(f"{_FOLDER}{chain.path}/edits-", ".safetensors"):
         edits = name.rpartition("/")[2].split("-")[1]

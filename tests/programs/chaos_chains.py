@@ -131,8 +131,7 @@ def prepare_chains(spec: ChainSpec) -> None:
     """Records, a model, and the run that nothing disturbs, from which the other has its manifest:
     what a run finds out before its first lease is not what is broken here."""
     model = tiny.model("gpt2")
-    model.hf.save_pretrained(Path(spec.log) / "model")
-    model.tokenizer.save_pretrained(Path(spec.log) / "model")
+    tiny.save(model, Path(spec.log) / "model")
     prepare("everyday", f"{spec.root}/records", limit=RECORDS, shard_rows=4)
     _quietly(spec, "undisturbed")
     calm, run = Store(spec.root).sub("undisturbed"), Store(spec.root).sub("run")

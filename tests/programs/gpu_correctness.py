@@ -220,8 +220,7 @@ def _spreads(device: str, report: Report) -> None:
         model = tiny.model(family, "float32")
         expected = compute(model)
         with tempfile.TemporaryDirectory() as folder:
-            model.hf.save_pretrained(folder)
-            model.tokenizer.save_pretrained(folder)
+            tiny.save(model, folder)
             spread = models.load(folder, "float32", "auto")
         cards = {str(parameter.device) for parameter in spread.hf.parameters()}
         apart = distance(compute(spread), expected)

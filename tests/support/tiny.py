@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +153,12 @@ def model(family: str, dtype: str = "float64", tokenizer_kind: str = "plain") ->
 def smollm2() -> EditableModel:
     """The packaged SmolLM2-135M in float32."""
     return models.load(SMOLLM2, "float32")
+
+
+def save(model: EditableModel, folder: str | Path) -> None:
+    """Write a model and its tokenizer as a folder that `load` takes."""
+    model.hf.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
